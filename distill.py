@@ -1,0 +1,188 @@
+"""Algorithm 1: further pre-training, then rounds of self-distillation; and the program that runs the paper.
+
+Paper: §3.2 (equation 3), Algorithm 1; the variants of Table 3 (`--match`) and Table 6 (`--mae-weight`).
+Lee et al., "Self-Distillation for Further Pre-training of Transformers", ICLR 2023.
+
+    python distill.py                           # drawn birds, bundled weights, offline, minutes on a laptop
+    python distill.py --dataset pydocs          # the same with text
+    python distill.py --dataset cub             # the paper's own experiment: a GPU and a network
+
+θ is an encoder's parameters, φ a decoder's; a model here is both, g_φ ∘ f_θ (`mae.MAE` or `mlm.MLM`).
+
+Letters: B batch, K positions, D width, V vocabulary, N examples.
+"""
+import copy
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import baselines
+import finetune
+import mae
+import mlm
+from support import fetch, images, run
+from support.run import Config
+
+# ----------------------------------------------------------------------------- line 10: L_MAE
+
+
+def mask_and_target(model: nn.Module, x: Tensor, config: Config, draws: torch.Generator) -> tuple[Tensor, dict]:
+    """Lines 7-9: a mask z Bool[B, K] for x, and what else the model's loss needs to know."""
+    if model.modality == "image":
+        draw = mae.fixed_mask if config.masking == "fixed" else mae.bernoulli_mask
+        return model.draw_mask(x, config.mask_prob, draws, draw), {"norm_pix": config.pixels == "norm"}
+    mask = model.draw_mask(x, config.mask_prob, draws)
+    recipe = "80-10-10" if config.masking == "80-10-10" else "mask"
+    return mask, {"corrupted": mlm.corrupt(x, mask, recipe, draws, model.config)}
+
+
+# ----------------------------------------------------------------------------- line 11: L_Distill
+
+
+def distillation_loss(student_hidden: Tensor, teacher_hidden: Tensor) -> Tensor:
+    """Line 11: ℓ²_j = ‖f_θt(x_j) - StopGrad(f_θ0(x_j))‖²₂ for hidden states [B, 1+K, D] or [B, K, D] -> [B].
+
+    Summed over positions and channels; padding is zero in both and adds nothing.
+    """
+    difference = student_hidden.float() - teacher_hidden.detach().float()  # [B, K, D]
+    return difference.square().flatten(1).sum(1)  # [B]
+
+
+def prediction_matching(student: nn.Module, teacher: nn.Module, x: Tensor, mask: Tensor, known: dict) -> Tensor:
+    """Table 3, Prediction-Matching, [B]: both networks predict x from the same x̂, each by its own decoder.
+
+    Images: ‖g_φ∘f_θ(x̂) - g_φ0∘f_θ0(x̂)‖²₂. Text: Σ_k KL(p_θ0,φ0(x_k|x̂) ‖ p_θ,φ(x_k|x̂)).
+    """
+    if student.modality == "image":
+        with torch.no_grad():
+            target = teacher.reconstruct(x, mask)  # [B, K, P]
+        return distillation_loss(student.reconstruct(x, mask), target)
+    attention = x != student.config.pad_id  # [B, K]
+    with torch.no_grad():
+        target = teacher.logits(known["corrupted"], attention).float().log_softmax(2)  # [B, K, V]
+    log_p = student.logits(known["corrupted"], attention).float().log_softmax(2)  # [B, K, V]
+    return (F.kl_div(log_p, target, reduction="none", log_target=True).sum(2) * attention).sum(1)  # [B]
+
+
+def weight_matching(student: nn.Module, teacher: nn.Module, distance: str) -> Tensor:
+    """Table 3, Weight-Matching, a scalar: Σ_ℓ ‖θ_ℓ - θ_0,ℓ‖² ("l2") or Σ_ℓ MARS(θ_ℓ, θ_0,ℓ) ("mars").
+
+    MARS is a norm of matrices: it leaves out biases, LayerNorms and tokens.
+    """
+    pairs = [(a, b) for a, b in zip(student.encoder.parameters(), teacher.encoder.parameters()) if a.requires_grad]
+    if distance == "l2":
+        return torch.stack([(a - b).square().sum() for a, b in pairs]).sum()
+    return torch.stack([baselines.mars_distance(a, b) for a, b in pairs if a.ndim == 2]).sum()
+
+
+def matching(student: nn.Module, teacher: nn.Module, x: Tensor, mask: Tensor, known: dict, config: Config) -> Tensor:
+    """What stands in line 11's place under --match: [B], or a scalar for weights."""
+    if config.match in ("l2", "mars"):
+        return weight_matching(student, teacher, config.match)
+    if config.match == "prediction":
+        return prediction_matching(student, teacher, x, mask, known)
+    with torch.no_grad():
+        target = teacher.encoder(x)  # [B, 1+K, D], of the unmasked input
+    hidden = student.encoder(x)  # [B, 1+K, D]
+    if config.match == "cls":
+        hidden, target = hidden[:, :1], target[:, :1]  # [B, 1, D]
+    return distillation_loss(hidden, target)
+
+
+# ----------------------------------------------------------------------------- Algorithm 1
+
+
+def adamw(model: nn.Module, config: Config) -> torch.optim.AdamW:
+    """The optimiser of lines 14-15; as released, biases and LayerNorms do not decay."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
+              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+
+
+def pretrain(student: nn.Module, teacher: nn.Module | None, inputs: object, config: Config, t: int,
+             this: run.Run) -> nn.Module:
+    """Lines 4-16 for round t, in place; without a teacher (t = 0) equation 2, further pre-training."""
+    where, name = run.device(config), "self-distillation" if teacher else "further pre-training"
+    student.to(where).train()
+    optimiser = adamw(student, config)
+    for step in this.stage(name, t, student, optimiser, config.steps, config.lr, config.warmup, config):  # 4
+        index = run.draw_batch(len(inputs), config.batch_size, config.seed, "order", t, step)
+        x = run.batch(inputs, index, where)  # 5: {x_j} from D_u
+        draws = run.generator(config.seed, "mask", t, step)
+        with run.autocast(config):  # 6: for all j, at once
+            mask, known = mask_and_target(student, x, config, draws)  # 7-9: z_j, Z_j, x̂_j
+            l1 = student.loss(x, mask, **known).mean()  # 10, 13: L1 = 1/B Σ_j ℓ¹_j
+            l2 = torch.zeros((), device=where)
+            if teacher:
+                l2 = matching(student, teacher, x, mask, known, config).mean()  # 11, 13: L2 = 1/B Σ_j ℓ²_j
+        loss = (config.mae_weight if teacher else 1.0) * l1 + l2
+        loss.backward()
+        norm = run.clip_gradient(student, config.clip)
+        optimiser.step()  # 14-15: θ follows ∂(L1 + L2)/∂θ; φ follows ∂L1/∂φ, as L2 does not contain φ
+        optimiser.zero_grad()
+        this.log(mae_loss=l1.detach(), **({"distill_loss": l2.detach()} if teacher else {}), grad_norm=norm)
+    return student
+
+
+def further_pretrain(model: nn.Module, inputs: object, config: Config, this: run.Run = run.Run()) -> nn.Module:
+    """Line 1: a copy of (θ_init, φ_init) trained on L_MAE alone; the model itself stays as it is.
+
+    inputs: unlabelled D_u, of which inputs[Long[B]] is a batch: uint8 or normalised pictures
+    [N, 3, S, S], `texts.Texts`, or token ids [N, K].
+    """
+    return pretrain(copy.deepcopy(model), None, inputs, run.fill(config, model, len(inputs)), 0, this)
+
+
+def self_distill(initial_model: nn.Module, inputs: object, config: Config, this: run.Run = run.Run()) -> list[nn.Module]:
+    """Algorithm 1: whole models [θ_0, θ_1, …, θ_T'], the first of further pre-training alone.
+
+    inputs: as in `further_pretrain`. What the run's folder already holds is not trained again.
+    """
+    config = run.fill(config, initial_model, len(inputs))
+    models = [this.kept("further", initial_model,
+                        lambda: further_pretrain(initial_model, inputs, config, this))]  # 1: θ_0
+    for t in range(1, config.rounds + 1):  # 2
+        teacher = copy.deepcopy(models[-1]).to(run.device(config)).eval().requires_grad_(False)  # θ_0 <- θ_t-1
+        student = copy.deepcopy(initial_model)  # 3: θ_t <- θ_init, φ_t <- φ_init
+        models.append(this.kept(f"distilled-{t}", initial_model,
+                                lambda: pretrain(student, teacher, inputs, config, t, this)))  # 4-16
+    return models  # 17-18: the last student, and all before it
+
+
+# ----------------------------------------------------------------------------- the program
+
+
+def draw_reconstructions(models: dict[str, nn.Module], pixels: Tensor, config: Config, path: Path) -> None:
+    """Write test pictures as original | masked | one reconstruction a model."""
+    draws, rows, titles = run.generator(config.seed, "pictures"), None, ["original", "masked", *models]
+    for model in models.values():
+        model = copy.deepcopy(model).cpu().eval()
+        if rows is None:
+            mask = model.draw_mask(pixels, config.mask_prob, draws)
+            rows = [row[:2] for row in mae.pictures(model, pixels, mask, config.pixels == "norm")]
+        for row, drawn in zip(rows, mae.pictures(model, pixels, mask, config.pixels == "norm")):
+            row.append(drawn[2])
+    images.grid(rows, path, titles)
+
+
+def main() -> None:
+    config = run.parse("distill", __doc__)
+    model, data, config, this = finetune.prepare("distill", config)
+    if not (results := this.results()):
+        models = self_distill(model, data.train, config, this)
+        further, last = models[0], models[-1]
+        if model.modality == "image":
+            shown = {"initial": model, "further pre-trained": further, "self-distilled": last}
+            draw_reconstructions(shown, data.test[:8] if data.test is not None else data.train[:8], config, this.folder / "reconstructions.png")
+        rows = {"fine-tuning": model, "further pre-training": further, "self-distillation": last}
+        if not config.rounds:
+            del rows["self-distillation"]
+        results = finetune.measure(rows, model, data, config, this)
+    this.report(results)
+
+
+if __name__ == "__main__":
+    run.program(main)

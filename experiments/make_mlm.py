@@ -1,0 +1,147 @@
+"""How weights/tokenizer.json and weights/tiny-mlm.safetensors were made.
+
+A small RoBERTa (4 layers of 128 channels, 1.4 M numbers) trained from scratch with the paper's masking
+(equation 2, γ = 0.15) on the English inside the standard library: long strings and comments of the
+modules that the data set `pydocs` does not read.
+
+    python experiments/make_mlm.py --out /tmp/tiny --steps 300      # a trial
+    python experiments/make_mlm.py                                  # the bundled files
+"""
+import argparse
+import math
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from mlm import MLM, Config
+from support import fetch, texts
+
+VOCABULARY, LENGTH, BATCH = 4000, 128, 64
+LR, WARMUP, GAMMA = 2e-3, 0.05, 0.15              # warm-up: share of the steps
+
+
+def make_tokenizer(lines: list[str]) -> Tokenizer:
+    """Byte-level BPE with RoBERTa's special tokens where RoBERTa has them: 0 to 3 and the last."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(lines, trainers.BpeTrainer(
+        vocab_size=VOCABULARY - 1, show_progress=False, special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.add_special_tokens(["<mask>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
+    return tokenizer
+
+
+def sequences(encoded: Iterable[list[int]]) -> Iterator[list[int]]:
+    """`<s> … </s>` of at most LENGTH tokens: long texts in pieces, a short one joined with the next."""
+    waiting: list[int] = []
+    for ids in encoded:
+        if waiting and len(waiting) + len(ids) > LENGTH - 2:
+            yield [0, *waiting, 2]
+            waiting = []
+        waiting = waiting + ids
+        while len(waiting) >= LENGTH // 3:
+            yield [0, *waiting[:LENGTH - 2], 2]
+            waiting = waiting[LENGTH - 2:]
+    if waiting:
+        yield [0, *waiting, 2]
+
+
+def corpus(lines: list[str], tokenizer: Tokenizer) -> texts.Texts:
+    """All sequences of the training English, as one tensor."""
+    encoded = [e.ids for e in tokenizer.encode_batch(lines, add_special_tokens=False)]
+    found = list(sequences(encoded))
+    offsets = torch.tensor([0] + [len(ids) for ids in found]).cumsum(0)
+    return texts.Texts(torch.tensor([i for ids in found for i in ids], dtype=torch.int32), offsets, pad_id=1)
+
+
+@torch.no_grad()
+def evaluate(model: MLM, train: texts.Texts, held: texts.Texts) -> str:
+    """Cross-entropy and accuracy on masked held-out tokens, beside guessing by frequency alone."""
+    model.eval()
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.bincount(train.ids.long(), minlength=VOCABULARY).float()
+    counts[list(model.encoder.config.special_ids)] = 0                      # they are never masked
+    unigram = ((counts + 0.1) / (counts + 0.1).sum()).log()                 # [V]
+    nll, hits, base_nll, base_hits, total = 0., 0, 0., 0, 0
+    for index in torch.arange(len(held)).split(256):
+        ids = held[index]                                                   # [B, K]
+        z = model.draw_mask(ids, GAMMA, generator)                          # [B, K]
+        logp = model.logits(ids.masked_fill(z, VOCABULARY - 1))[z].log_softmax(-1)      # [M, V]
+        truth = ids[z]                                                      # [M]
+        nll -= logp.gather(1, truth[:, None]).sum().item()
+        hits += (logp.argmax(-1) == truth).sum().item()
+        base_nll -= unigram[truth].sum().item()
+        base_hits += (truth == unigram.argmax()).sum().item()
+        total += len(truth)
+    return (f"held-out masked tokens: loss {nll / total:.3f}, accuracy {hits / total:.1%}; "
+            f"by frequency alone: {base_nll / total:.3f}, {base_hits / total:.1%} ({total} tokens)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=6000, help=f"of {BATCH} sequences")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=fetch.ROOT / "weights")
+    flags = parser.parse_args()
+    torch.set_num_threads(flags.threads)
+    torch.manual_seed(flags.seed)
+    generator = torch.Generator().manual_seed(flags.seed)
+
+    lines = list(texts.pydocs_other())
+    tokenizer = make_tokenizer(lines)
+    everything = corpus(lines, tokenizer)
+    order = torch.randperm(len(everything), generator=generator)
+    train, held = everything.take(order[len(order) // 20:]), everything.take(order[:len(order) // 20])
+    size = tokenizer.get_vocab_size()
+    assert size == VOCABULARY and tokenizer.token_to_id("<mask>") == size - 1
+    model = MLM(Config(size, width=128, depth=4, heads=4, mlp=512, max_positions=LENGTH + 2, mask_id=size - 1,
+                       special_ids=(0, 1, 2, 3, size - 1)))
+    model.tokenizer = tokenizer
+    print(f"{len(lines)} texts, {len(train)} sequences, {len(train.ids)} tokens; "
+          f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+
+    # so small a model underfits millions of tokens: dropout would only slow it (fine-tuning still has it)
+    model.encoder.dropout.p = 0.0
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    optimiser = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.}],
+                                  lr=LR, betas=(0.9, 0.98), eps=1e-6)
+    warmup = max(1, int(WARMUP * flags.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(
+        (step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / flags.steps)))
+    begin, recent, model = time.time(), [], model.train()
+    for step in range(flags.steps):
+        at = step * BATCH % (len(train) - BATCH + 1)
+        if step == 0 or at < BATCH:
+            order = torch.randperm(len(train), generator=generator)
+        ids = train[order[at:at + BATCH]]                                   # [B, K]
+        loss = model.loss(ids, model.draw_mask(ids, GAMMA, generator)).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        recent.append(loss.item())
+        if (step + 1) % 100 == 0 or step + 1 == flags.steps:
+            print(f"step {step + 1}  loss {sum(recent) / len(recent):.3f}  "
+                  f"{1000 * (time.time() - begin) / (step + 1):.0f} ms/step", flush=True)
+            recent = []
+    result = evaluate(model, train, held)
+    print(result)
+    flags.out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(flags.out / "tokenizer.json"))
+    model.save(flags.out / "tiny-mlm.safetensors", corpus=f"standard library of Python {sys.version.split()[0]}",
+               steps=str(flags.steps), seed=str(flags.seed), result=result)
+
+
+if __name__ == "__main__":
+    main()

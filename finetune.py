@@ -1,0 +1,240 @@
+"""Fine-tuning: an encoder f_θ with a fresh classification head h_ω, minimising the cross-entropy.
+
+Paper: §3.1 "Problem Statement" (equation 1), §5 (metrics), §5.2 (gap and distance). The head follows
+the released code for images (class token -> linear) and RoBERTa for text (<s> -> dense -> tanh -> linear).
+
+    python finetune.py                                            # tiny weights, toybirds
+    python finetune.py --method recadam --seed 1
+    python finetune.py --dataset cub --init runs/distill-cub-vit-mae-base-seed0/distilled-1.safetensors
+
+Letters: B batch, K positions, D width, C classes, N examples.
+"""
+import copy
+from dataclasses import asdict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import baselines
+import mae
+import mlm
+from support import fetch, run
+
+# ----------------------------------------------------------------------------- scores (§5)
+
+
+def accuracy(pred: Tensor, target: Tensor) -> float:
+    """Share of predicted classes Long[N] that equal the target Long[N], 0 to 1."""
+    return (pred == target).double().mean().item()
+
+
+def f1(pred: Tensor, target: Tensor, num_classes: int, average: str = "macro") -> float:
+    """F1, 0 to 1, of predicted classes Long[N] against Long[N].
+
+    "macro": the mean over all `num_classes`, where a class that is neither predicted nor present
+    counts 0; "micro": from the counts of all classes together, the accuracy where each example has one.
+    """
+    if average not in ("macro", "micro"):
+        raise ValueError(f"average is macro or micro, not {average!r}")
+    hits = torch.bincount(target[pred == target], minlength=num_classes).double()  # [C]
+    shown = torch.bincount(pred, minlength=num_classes) + torch.bincount(target, minlength=num_classes)  # [C]
+    if average == "micro":
+        return (2 * hits.sum() / shown.sum()).item()
+    return (2 * hits / shown.clamp(min=1)).mean().item()
+
+
+def score(metric: str, pred: Tensor, target: Tensor, num_classes: int) -> float:
+    """The data set's own metric: "accuracy", "macro_f1" or "micro_f1"."""
+    return accuracy(pred, target) if metric == "accuracy" else f1(pred, target, num_classes, metric[:5])
+
+
+# ----------------------------------------------------------------------------- the classifier
+
+
+class Classifier(nn.Module):
+    """h_ω ∘ f_θ: the encoder and a head N(0, 0.02) on its first token."""
+
+    def __init__(self, encoder: nn.Module, num_classes: int, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        width = encoder.config.width
+        self.encoder = encoder
+        self.reads_text = isinstance(encoder, mlm.Encoder)
+        if self.reads_text:
+            self.dense = nn.Linear(width, width)
+        else:
+            encoder.positions.requires_grad_(True)  # fixed until now
+        self.linear = nn.Linear(width, num_classes)
+        for name, parameter in self.head().items():
+            nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.normal_(
+                parameter, std=0.02, generator=generator)
+
+    def head(self) -> dict[str, nn.Parameter]:
+        """ω by name: everything that is not the encoder's."""
+        return {name: p for name, p in self.named_parameters() if not name.startswith("encoder.")}
+
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Normalised pictures [B, 3, S, S] or token ids [B, K] -> logits [B, C].
+
+        noise (R3F) is added to the pictures, or inside the encoder to the detached word embeddings [B, K, D].
+        """
+        if not self.reads_text:
+            hidden = self.encoder(x if noise is None else x + noise)  # [B, 1+K, D]
+            return self.linear(hidden[:, 0])  # [B, C]
+        first = self.encoder(x, noise=noise)[:, 0]  # [B, D]
+        return self.linear(torch.tanh(self.dense(self.encoder.dropout(first))))  # [B, C]
+
+
+@torch.no_grad()
+def predict(classifier: Classifier, inputs: object, config: run.Config) -> Tensor:
+    """Logits float32 [N, C], on the CPU, of all examples in eval mode, without augmentation."""
+    classifier.eval()
+    where, logits = run.device(config), []
+    for index in torch.arange(len(inputs)).split(256):
+        with run.autocast(config):
+            logits.append(classifier(run.batch(inputs, index, where)).float().cpu())
+    classifier.train()
+    return torch.cat(logits)
+
+
+def distance(before: nn.Module, after: nn.Module) -> float:
+    """‖θ_init - θ‖₂ over all tensors of two encoders (§5.2, Figure 5b)."""
+    squares = [(a.cpu().double() - b.cpu().double()).square().sum()
+               for a, b in zip(before.state_dict().values(), after.state_dict().values())]
+    return torch.stack(squares).sum().sqrt().item()
+
+
+# ----------------------------------------------------------------------------- equation 1
+
+
+def make_optimiser(classifier: Classifier, config: run.Config) -> torch.optim.Optimizer:
+    """AdamW, or RecAdam with the encoder's present weights as its anchors.
+
+    As released, biases, tokens and positions do not decay, nor for text do LayerNorm's weights.
+    """
+    groups = {}
+    for name, parameter in classifier.named_parameters():
+        free = name.endswith("bias") or "cls_token" in name or "positions" in name or (
+            classifier.reads_text and parameter.ndim == 1)
+        in_encoder = name.startswith("encoder.")
+        groups.setdefault((in_encoder, free), []).append(parameter)
+    settings = [{"params": params, "weight_decay": 0.0 if free else config.finetune_weight_decay,
+                 **({"pretrained": params} if in_encoder and config.method == "recadam" else {})}
+                for (in_encoder, free), params in groups.items()]
+    if config.method == "recadam":
+        return baselines.RecAdam(settings, lr=config.finetune_lr, anneal_k=config.recadam_k,
+                                 anneal_t0=config.recadam_t0, pretrain_cof=config.recadam_cof)
+    return torch.optim.AdamW(settings, lr=config.finetune_lr, fused=True)
+
+
+def check_recadam(config: run.Config) -> None:
+    """Refuse a pull towards θ_init that overshoots by more than it corrects: lr × cof ≥ 2.
+
+    While the task weight λ(t) is small, a step multiplies θ - θ_init by 1 - lr·γ.
+    """
+    # the largest pull of the run: the learning rate rises while the pull's weight falls
+    if config.method == "recadam":
+        ramp = max(1.0, config.finetune_warmup * config.finetune_steps)
+        pulls = [config.finetune_lr * min(step / ramp, 1) * config.recadam_cof * (
+            1 - baselines.anneal(step + 1, "sigmoid", config.recadam_k, config.recadam_t0, 1.0))
+            for step in range(config.finetune_steps)]
+        if max(pulls) >= 2:
+            raise fetch.BadInput(
+                f"RecAdam would diverge: learning rate {config.finetune_lr} times --recadam-cof {config.recadam_cof} "
+                f"pulls by {max(pulls):.3g} per step while the task weight is small, and from 2 on every step ends "
+                f"farther from the start; use --recadam-cof {0.5 / config.finetune_lr:.3g}")
+
+
+def train(classifier: Classifier, inputs: object, labels: Tensor, config: run.Config, this: run.Run,
+          stage: str) -> None:
+    """Equation 1, (θ*, ω*) = A(L_CE; θ, D_tr), with A by --method; in place."""
+    where, first = run.device(config), {name: p.detach().clone() for name, p in classifier.encoder.state_dict().items()}
+    optimiser = make_optimiser(classifier, config)
+    pairs = baselines.mars_pairs(classifier.encoder, first) if config.method == "mars" else []
+    classifier.train()
+    for step in this.stage(stage, 0, classifier, optimiser, config.finetune_steps, config.finetune_lr,
+                           config.finetune_warmup, config):
+        index = run.draw_batch(len(inputs), config.finetune_batch_size, config.seed, "labelled order", 0, step)
+        x, y = run.batch(inputs, index, where), labels[index].to(where)
+        if not classifier.reads_text:  # the released code's only augmentation: a horizontal flip, p = 0.5
+            flip = torch.rand(len(x), generator=run.generator(config.seed, "flip", 0, step)) < 0.5
+            x = torch.where(flip.to(where)[:, None, None, None], x.flip(3), x)
+        with run.autocast(config):
+            logits, logged = classifier(x), {}
+            if config.method == "r3f":
+                shape = (*x.shape, classifier.encoder.config.width) if classifier.reads_text else x.shape
+                noise = torch.randn(shape, generator=run.generator(config.seed, "noise", 0, step)).to(where)
+                noised = classifier(x, noise * config.r3f_eps)
+                loss = baselines.r3f_loss(logits, noised, y, config.r3f_weight).mean()
+                logged["kl"] = baselines.symmetric_kl(logits, noised).mean().detach()
+            else:
+                loss = F.cross_entropy(logits.float(), y)
+        loss.backward()
+        norm = run.clip_gradient(classifier, config.finetune_clip)
+        optimiser.step()
+        optimiser.zero_grad()
+        if pairs:
+            logged["projected"] = baselines.project_all(pairs, config.mars_radius)
+        this.log(loss=loss.detach(), grad_norm=norm, **logged)
+
+
+ROWS = {"finetune": "fine-tuning", "recadam": "RecAdam", "mars": "MARS", "r3f": "R3F"}
+
+
+def fine_tune(model: nn.Module, data: fetch.Data, config: run.Config, this: run.Run, row: str,
+              initial: nn.Module | None = None) -> dict:
+    """Fine-tune a copy of a model's encoder and measure it: the row of results.json.
+
+    The score is on the test split; train_loss is over the whole training split without augmentation
+    and in eval mode, so that gap = test_loss - train_loss compares like with like. distance is from
+    `initial`'s encoder (θ_init; the model's own where none is given) to the fine-tuned one.
+    """
+    encoder = copy.deepcopy(model.encoder)
+    encoder.dropout.p = config.dropout
+    classifier = Classifier(encoder, len(data.classes), run.generator(config.seed, "head")).to(run.device(config))
+    train(classifier, data.train, data.train_labels, config, this,
+          "fine-tuning" if row == "fine-tuning" else f"fine-tuning, {row}")
+    train_logits, test_logits = (predict(classifier, inputs, config) for inputs in (data.train, data.test))
+    train_loss = F.cross_entropy(train_logits, data.train_labels).item()
+    test_loss = F.cross_entropy(test_logits, data.test_labels).item()
+    if this.folder:
+        about = {"model": "classifier", "classes": data.classes, **asdict(model.config)}
+        fetch.save_weights(classifier.state_dict(), about,
+                           this.folder / f"finetuned-{row.replace(' ', '-')}.safetensors", **this.lineage)
+    return {"method": row, "seed": config.seed, "metric": data.metric,
+            "score": score(data.metric, test_logits.argmax(1), data.test_labels, len(data.classes)),
+            "train_loss": train_loss, "test_loss": test_loss, "gap": test_loss - train_loss,
+            "distance": distance((initial or model).encoder, classifier.encoder)}
+
+
+# ----------------------------------------------------------------------------- the program
+
+
+def prepare(program: str, config: run.Config) -> tuple[nn.Module, fetch.Data, run.Config, run.Run]:
+    """The model and data that the settings name, the settings filled in, and the run's folder."""
+    model = run.load_model(mlm.MLM if config.modality == "text" else mae.MAE, config)
+    data = run.load_data(config, model)
+    config = run.fill(config, model, len(data.train))
+    check_recadam(config)
+    return model, data, config, run.Run(run.folder(program, config, model, len(data.train)), config,
+                                        data=data.fingerprint, about=data.note, init_weights=run.digest(model))
+
+
+def measure(rows: dict[str, nn.Module], initial: nn.Module, data: fetch.Data, config: run.Config,
+            this: run.Run) -> dict:
+    """Fine-tune every row's model, as --method says, and finish the run; returns results.json."""
+    if data.train_labels is None or data.test_labels is None:
+        print(f"{data.name} has no labels: pre-trained, not fine-tuned")
+        return this.finish(data, [])
+    return this.finish(data, [this.measured(row, lambda: fine_tune(model, data, config, this, row, initial))
+                              for row, model in rows.items()])
+
+
+def main() -> None:
+    config = run.parse("finetune", __doc__)
+    model, data, config, this = prepare("finetune", config)
+    this.report(this.results() or measure({ROWS[config.method]: model}, model, data, config, this))
+
+
+if __name__ == "__main__":
+    run.program(main)

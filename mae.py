@@ -1,0 +1,441 @@
+"""Masked auto-encoding of images: a Vision Transformer predicts the patches it was not shown.
+
+Paper: §3.1 "Masked Auto-Encoding" (equation 2), Appendix C (the pixel likelihood) and lines 7-10 of
+Algorithm 1. References: ViT (Dosovitskiy et al., 2021), MAE (He et al., 2022).
+
+    python mae.py                                              # the drawn birds, bundled weights
+    python mae.py --dataset cub --init facebook/vit-mae-base   # needs a network once
+
+draws original | masked | reconstruction.
+
+Letters: B batch, K patches, L the longest row of visible patches, D width, H heads, P values in a patch.
+
+Appendix C puts a "mask" token wherever z_k = 1 into the encoder. MAE, whose weights the paper starts
+from, removes those patches from the encoder and puts mask tokens into the decoder: so do we.
+"""
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from support import fetch, images, run
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of the encoder f_θ and the decoder g_φ; the defaults are the paper's ViT-B/16."""
+
+    image_size: int = 224
+    patch_size: int = 16
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp: int = 3072
+    decoder_width: int = 512
+    decoder_depth: int = 8
+    decoder_heads: int = 16
+    decoder_mlp: int = 2048
+    eps: float = 1e-12  # of LayerNorm, as in Hugging Face's files; facebookresearch's have 1e-6
+    dropout: float = 0.0
+
+
+# ----------------------------------------------------------------------------- masks (line 7)
+
+
+def bernoulli_mask(B: int, K: int, prob: float, generator: torch.Generator) -> Tensor:
+    """z ~ p_{γ,K}: Bool[B, K], every position masked (True) on its own with probability γ (§3.1)."""
+    return torch.rand(B, K, generator=generator) < prob
+
+
+def fixed_mask(B: int, K: int, prob: float, generator: torch.Generator) -> Tensor:
+    """MAE's exact-count shuffle: Bool[B, K], K - ⌊K(1 - γ)⌋ masked in every row (`--masking fixed`)."""
+    rank = torch.rand(B, K, generator=generator).argsort(1).argsort(1)  # [B, K]
+    return rank >= int(K * (1 - prob))
+
+
+# ----------------------------------------------------------------------------- patches and positions
+
+
+def patchify(pictures: Tensor, patch_size: int) -> Tensor:
+    """Pictures [B, 3, S, S] as rows of patches [B, K, P], P in (row, column, channel) order."""
+    B, C, height, width = pictures.shape
+    if height % patch_size or width % patch_size:
+        raise ValueError(f"pictures of {height} x {width} do not divide into patches of {patch_size}")
+    x = pictures.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))  # [B, 3, rows, p, columns, p]
+    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # [B, K, P]
+
+
+def unpatchify(patches: Tensor, height: int, width: int, patch_size: int) -> Tensor:
+    """The way back from [B, K, P] to pictures [B, 3, height, width]."""
+    grid = (height // patch_size, width // patch_size)
+    x = patches.unflatten(2, (patch_size, patch_size, 3)).unflatten(1, grid)  # [B, rows, columns, p, p, 3]
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)  # [B, 3, height, width]
+
+
+def sincos_positions(width: int, side: int) -> Tensor:
+    """MAE's fixed 2-D table [1, 1+K, D]: the column in the first half of D, the row in the second.
+
+    The class token's row is zero.
+    """
+    frequency = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angle = torch.arange(side, dtype=torch.float64)[:, None] * frequency  # [side, D/4]
+    code = torch.cat([angle.sin(), angle.cos()], 1)  # [side, D/2]
+    table = torch.cat([code.repeat(side, 1), code.repeat_interleave(side, 0)], 1)  # [K, D]
+    return F.pad(table, (0, 0, 1, 0)).float()[None]  # [1, 1+K, D]
+
+
+def resize_positions(table: Tensor, rows: int, columns: int) -> Tensor:
+    """A square table [1, 1+K, D] interpolated to rows x columns patches; the class token's row stays."""
+    side = round((table.shape[1] - 1) ** 0.5)
+    if (rows, columns) == (side, side):
+        return table
+    plane = table[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)  # [1, D, side, side]
+    plane = F.interpolate(plane, (rows, columns), mode="bicubic", align_corners=False)
+    return torch.cat([table[:, :1], plane.flatten(2).transpose(1, 2)], 1)  # [1, 1+rows*columns, D]
+
+
+# ----------------------------------------------------------------------------- the transformer
+
+
+class Packing(NamedTuple):
+    """Where rows of different lengths lie when their N tokens stand one after another, unpadded.
+
+    Every layer but attention works on tokens one by one, so only attention needs the rows apart.
+    """
+
+    slots: Tensor  # [N] each token's place in the padded [B·L]
+    allowed: Tensor  # Bool[B, 1, 1, L] False: padding, never attended to
+
+    def pad(self, x: Tensor) -> Tensor:
+        """[N, D] -> [B, L, D]"""
+        B, L = self.allowed.shape[0], self.allowed.shape[3]
+        return x.new_zeros(B * L, x.shape[1]).index_copy(0, self.slots, x).unflatten(0, (B, L))  # [B, L, D]
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[B, L, D] -> [N, D]"""
+        return x.flatten(0, 1)[self.slots]  # [N, D]
+
+
+def pack_rows(kept: Tensor) -> Packing:
+    """The packing of the tokens that kept Bool[B, 1+K] selects, in their order."""
+    lengths = kept.sum(1)  # [B]
+    L = int(lengths.max())
+    places = torch.arange(len(kept), device=kept.device)[:, None] * L + kept.cumsum(1) - 1  # [B, 1+K]
+    allowed = torch.arange(L, device=kept.device) < lengths[:, None]  # [B, L]
+    return Packing(places[kept], allowed[:, None, None])  # [N], [B, 1, 1, L]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over rows [B, L, D], or over the rows of a packing's [N, D]."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, packing: Packing | None) -> Tensor:
+        qkv = self.qkv(x)
+        if packing:
+            qkv = packing.pad(qkv)
+        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, L, D/H]
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=packing.allowed if packing else None)
+        x = x.transpose(1, 2).flatten(2)  # [B, L, D]
+        return self.out(packing.pack(x) if packing else x)
+
+
+class Block(nn.Module):
+    """One pre-norm layer: attention, then two linear maps with a GELU between, each added to x."""
+
+    def __init__(self, width: int, heads: int, mlp: int, eps: float, dropout: nn.Dropout) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attention = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.fc1 = nn.Linear(width, mlp)
+        self.fc2 = nn.Linear(mlp, width)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm1(x), packing))
+        return x + self.dropout(self.fc2(F.gelu(self.fc1(self.norm2(x)))))
+
+
+class Encoder(nn.Module):
+    """f_θ: pictures -> hidden states after the last LayerNorm."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        side = config.image_size // config.patch_size
+        self.dropout = nn.Dropout(config.dropout)  # one for all blocks: fine-tuning turns it on
+        self.patch = nn.Linear(3 * config.patch_size**2, config.width)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        # fixed while pre-training; `finetune.Classifier` lets them train
+        self.positions = nn.Parameter(sincos_positions(config.width, side), requires_grad=False)
+        self.blocks = nn.ModuleList(Block(config.width, config.heads, config.mlp, config.eps, self.dropout)
+                                    for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.width, eps=config.eps)
+
+    def forward(self, pictures: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Normalised pictures [B, 3, S, S] -> [B, 1+K, D], class token first.
+
+        Masked patches (mask Bool[B, K]) are taken out before the first layer, and their rows come back
+        as zeros. A picture's result does not depend on the others in its batch.
+        """
+        p, (height, width) = self.config.patch_size, pictures.shape[2:]
+        positions = resize_positions(self.positions, height // p, width // p)  # [1, 1+K, D]
+        x = F.pad(patchify(pictures, p), (0, 0, 1, 0))  # [B, 1+K, P] a row for the class token
+        positions = positions.expand(len(x), -1, -1)  # [B, 1+K, D]
+        is_cls = (torch.arange(x.shape[1], device=x.device) == 0).expand(len(x), -1)  # [B, 1+K]
+        packing = None
+        if mask is not None:
+            kept = F.pad(~mask, (1, 0), value=True)  # [B, 1+K]
+            packing = pack_rows(kept)
+            x, positions, is_cls = x[kept], positions[kept], is_cls[kept]  # [N, P], [N, D], [N]
+        x = torch.where(is_cls[..., None], self.cls_token[0], self.patch(x)) + positions
+        x = self.dropout(x)  # [B, 1+K, D] or [N, D]
+        for block in self.blocks:
+            x = block(x, packing)
+        x = self.norm(x)
+        if mask is None:
+            return x
+        return x.new_zeros(*kept.shape, x.shape[1]).masked_scatter(kept[..., None], x)  # [B, 1+K, D]
+
+
+class Decoder(nn.Module):
+    """g_φ: hidden states of the visible patches -> a prediction for every patch."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        width, side = config.decoder_width, config.image_size // config.patch_size
+        self.embed = nn.Linear(config.width, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.positions = nn.Parameter(sincos_positions(width, side), requires_grad=False)
+        self.blocks = nn.ModuleList(
+            Block(width, config.decoder_heads, config.decoder_mlp, config.eps, nn.Dropout(0.0))
+            for _ in range(config.decoder_depth))
+        self.norm = nn.LayerNorm(width, eps=config.eps)
+        self.predict = nn.Linear(width, 3 * config.patch_size**2)
+
+    def forward(self, hidden: Tensor, mask: Tensor, rows: int, columns: int) -> Tensor:
+        """Hidden states [B, 1+K, D], mask Bool[B, K] -> predicted patches [B, K, P]."""
+        x = self.embed(hidden)  # [B, 1+K, decoder width]
+        x = torch.where(F.pad(mask, (1, 0))[..., None], self.mask_token.to(x.dtype), x)
+        x = x + resize_positions(self.positions, rows, columns)
+        for block in self.blocks:
+            x = block(x)
+        return self.predict(self.norm(x[:, 1:]))  # [B, K, P]
+
+
+class MAE(nn.Module):
+    """g_φ ∘ f_θ with its masked auto-encoding loss; Xavier-uniform weights drawn from `generator`."""
+
+    modality = "image"
+
+    def __init__(self, config: Config = Config(), generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight, generator=generator)
+                nn.init.zeros_(module.bias)
+        for token in (self.encoder.cls_token, self.decoder.mask_token):
+            nn.init.normal_(token, std=0.02, generator=generator)
+
+    def draw_mask(self, pictures: Tensor, prob: float, generator: torch.Generator,
+                  draw=bernoulli_mask) -> Tensor:
+        """Lines 7-8: Bool[B, K] for pictures [B, 3, S, S], drawn on the CPU, on the pictures' device."""
+        B, _, height, width = pictures.shape
+        K = (height // self.config.patch_size) * (width // self.config.patch_size)
+        return draw(B, K, prob, generator).to(pictures.device)
+
+    def reconstruct(self, pictures: Tensor, mask: Tensor) -> Tensor:
+        """g_φ(f_θ(x̂)): predicted patches [B, K, P] from what mask Bool[B, K] leaves of [B, 3, S, S]."""
+        rows, columns = (side // self.config.patch_size for side in pictures.shape[2:])
+        return self.decoder(self.encoder(pictures, mask), mask, rows, columns)
+
+    def target(self, pictures: Tensor, norm_pix: bool) -> Tensor:
+        """What is predicted, [B, K, P]: pixels, or pixels normalised by their patch's mean and variance."""
+        patches = patchify(pictures, self.config.patch_size).float()  # [B, K, P]
+        if not norm_pix:
+            return patches
+        return (patches - patches.mean(2, keepdim=True)) / (patches.var(2, keepdim=True) + 1e-6).sqrt()
+
+    def loss(self, pictures: Tensor, mask: Tensor, norm_pix: bool = True) -> Tensor:
+        """Line 10, [B]: ℓ¹_j = Σ_k z_k/Z · ‖x_k - μ_k‖²/P, the masked patches' mean squared error.
+
+        Appendix C's -log p(x_k|x̂) up to its constants. An image with nothing masked (Z = 0) gives 0.
+        """
+        error = self.reconstruct(pictures, mask).float() - self.target(pictures, norm_pix)  # [B, K, P]
+        error = error.square().mean(2)  # [B, K]
+        return (error * mask).sum(1) / mask.sum(1).clamp(min=1)  # [B]
+
+    def save(self, path: str | Path, **lineage: str) -> None:
+        """Write the weights as safetensors, with their configuration and lineage as metadata."""
+        fetch.save_weights(self.state_dict(), {"model": "mae", **asdict(self.config)}, path, **lineage)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **sizes: int) -> "MAE":
+        """Weights from a .safetensors file, a folder, a hub id or "tiny".
+
+        Reads our own names, Hugging Face's `ViTMAEForPreTraining` and facebookresearch/mae's. `sizes`
+        (fields of `Config`) fill in what neither the file's configuration nor its shapes tell.
+        Raises `BadInput`, listing names and shapes, for whatever does not fit.
+        """
+        path = fetch.weights(source, "mae")
+        tensors, described = fetch.read_weights(path)
+        # a convolution over patches is a linear map of their values
+        tensors = {name: t.permute(0, 2, 3, 1).flatten(1) if t.ndim == 4 else t for name, t in tensors.items()}
+        if "encoder.cls_token" in tensors:
+            table = {name: name for name in tensors}
+        else:
+            table = _foreign_names(tensors, path)
+        config = Config(**_sizes(tensors, table, described, sizes))
+        model = cls(config)
+        wanted = model.state_dict()
+        if not any(name.startswith("decoder") or name == "mask_token" for name in tensors):
+            print(f"NOTE: {path} holds an encoder only: the decoder starts FRESH (untrained).", flush=True)
+            wanted = {name: tensor for name, tensor in wanted.items() if name.startswith("encoder.")}
+        found = fetch.translate(tensors, {ours: table.get(ours, ours) for ours in wanted}, wanted)
+        model.load_state_dict(found, strict=len(wanted) == len(model.state_dict()))
+        return model
+
+
+# ----------------------------------------------------------------------------- other people's names
+
+# per block: our name -> (Hugging Face's, facebookresearch's); a tuple is stacked
+_BLOCK = {
+    "norm1": ("layernorm_before", "norm1"),
+    "attention.qkv": (("attention.attention.query", "attention.attention.key", "attention.attention.value"),
+                      "attn.qkv"),
+    "attention.out": ("attention.output.dense", "attn.proj"),
+    "norm2": ("layernorm_after", "norm2"),
+    "fc1": ("intermediate.dense", "mlp.fc1"),
+    "fc2": ("output.dense", "mlp.fc2"),
+}
+_OUTER = {
+    "encoder.cls_token": ("vit.embeddings.cls_token", "cls_token"),
+    "encoder.positions": ("vit.embeddings.position_embeddings", "pos_embed"),
+    "encoder.patch": ("vit.embeddings.patch_embeddings.projection", "patch_embed.proj"),
+    "encoder.norm": ("vit.layernorm", "norm"),
+    "decoder.embed": ("decoder.decoder_embed", "decoder_embed"),
+    "decoder.mask_token": ("decoder.mask_token", "mask_token"),
+    "decoder.positions": ("decoder.decoder_pos_embed", "decoder_pos_embed"),
+    "decoder.norm": ("decoder.decoder_norm", "decoder_norm"),
+    "decoder.predict": ("decoder.decoder_pred", "decoder_pred"),
+}
+_BARE = ("encoder.cls_token", "encoder.positions", "decoder.mask_token", "decoder.positions")
+# head counts are in no tensor's shape: the published ViTs', by width
+_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
+_DECODER_HEADS = {512: 16}
+
+
+def _foreign_names(tensors: dict[str, Tensor], path: Path) -> dict[str, str | tuple[str, ...]]:
+    """The table our name -> their name, for as many blocks as the file has."""
+    if "vit.embeddings.cls_token" in tensors:
+        theirs, encoder, decoder = 0, "vit.encoder.layer", "decoder.decoder_layers"
+        if any(name.startswith("decoder.decoder_encoder.") for name in tensors):
+            decoder = "decoder.decoder_encoder.layer"  # as transformers writes it since 5.0
+    elif "cls_token" in tensors:
+        theirs, encoder, decoder = 1, "blocks", "decoder_blocks"
+    else:
+        raise fetch.BadInput(f"{path} holds no ViT-MAE (its first tensors are {sorted(tensors)[:3]}): "
+                             "pass an image model's weights; text models are mlm.py's")
+    table = {}
+    for ours, names in _OUTER.items():
+        for kind in [""] if ours in _BARE else [".weight", ".bias"]:
+            table[ours + kind] = names[theirs] + kind
+    for stem, prefix in (("encoder", encoder), ("decoder", decoder)):
+        for i in range(_depth(tensors, prefix)):
+            for ours, names in _BLOCK.items():
+                for kind in (".weight", ".bias"):
+                    parts = [names[theirs]] if isinstance(names[theirs], str) else names[theirs]
+                    table[f"{stem}.blocks.{i}.{ours}{kind}"] = tuple(f"{prefix}.{i}.{p}{kind}" for p in parts)
+    return table
+
+
+def _depth(tensors: dict[str, Tensor], prefix: str) -> int:
+    start = prefix.count(".") + 1
+    return len({name.split(".")[start] for name in tensors if name.startswith(prefix + ".")})
+
+
+def _sizes(tensors: dict[str, Tensor], table: dict, described: dict, given: dict) -> dict:
+    """Config's fields: the file's own description wins, then shapes, then what the caller gave."""
+    if set(described) >= {"width", "depth", "heads"}:  # our own metadata
+        return {field.name: described[field.name] for field in fields(Config) if field.name in described}
+    names = {"image_size": "image_size", "patch_size": "patch_size", "width": "hidden_size",
+             "depth": "num_hidden_layers", "heads": "num_attention_heads", "mlp": "intermediate_size",
+             "decoder_width": "decoder_hidden_size", "decoder_depth": "decoder_num_hidden_layers",
+             "decoder_heads": "decoder_num_attention_heads", "decoder_mlp": "decoder_intermediate_size",
+             "eps": "layer_norm_eps", "dropout": "hidden_dropout_prob"}
+    told = {ours: described[theirs] for ours, theirs in names.items() if theirs in described}
+    first = {ours: tensors[name if isinstance(name, str) else name[0]] for ours, name in table.items()
+             if (name if isinstance(name, str) else name[0]) in tensors}
+    shapes = {"eps": 1e-6 if "cls_token" in tensors else 1e-12, **given}
+    try:
+        patch = first["encoder.patch.weight"]  # [D, P]
+        shapes |= {"width": patch.shape[0], "patch_size": round((patch.shape[1] / 3) ** 0.5),
+                   "mlp": len(first["encoder.blocks.0.fc1.bias"]),
+                   "depth": sum(name.endswith("norm1.bias") and name.startswith("encoder") for name in first)}
+        side = round((first["encoder.positions"].shape[1] - 1) ** 0.5)
+        shapes["image_size"] = side * shapes["patch_size"]
+    except KeyError as error:
+        raise fetch.BadInput(f"the weights do not fit: missing {table[error.args[0]]}") from error
+    if "decoder.embed.bias" in first:
+        depth = sum(name.endswith("norm1.bias") and name.startswith("decoder") for name in first)
+        shapes |= {"decoder_width": len(first["decoder.embed.bias"]), "decoder_depth": depth,
+                   "decoder_mlp": len(first.get("decoder.blocks.0.fc1.bias", ()))}
+    sizes = {**shapes, **told}
+    for heads, width, known in (("heads", "width", _HEADS), ("decoder_heads", "decoder_width", _DECODER_HEADS)):
+        if heads not in sizes and sizes.get(width) in known:
+            sizes[heads] = known[sizes[width]]
+        if heads not in sizes and width in sizes:
+            raise fetch.BadInput(f"nothing says how many heads a {width} of {sizes[width]} has: put a config.json "
+                                 f"beside the weights or call MAE.from_pretrained(source, {heads}=...)")
+    return sizes
+
+
+# ----------------------------------------------------------------------------- pictures
+
+
+@torch.no_grad()
+def pictures(model: MAE, pixels: Tensor, mask: Tensor, norm_pix: bool = True) -> list[list[Tensor]]:
+    """Rows of original | masked | reconstruction, each uint8 [3, S, S], for pixels uint8 [B, 3, S, S].
+
+    With norm_pix the prediction has no brightness of its own: each patch borrows the original's mean
+    and variance, so the picture looks better than what the model knows.
+    """
+    p, (height, width) = model.config.patch_size, pixels.shape[2:]
+    x = images.normalise(pixels)
+    predicted, original = model.reconstruct(x, mask).float(), patchify(x, p)  # [B, K, P]
+    if norm_pix:
+        predicted = predicted * (original.var(2, keepdim=True) + 1e-6).sqrt() + original.mean(2, keepdim=True)
+    grey = torch.zeros_like(original)
+    columns = [original, torch.where(mask[..., None], grey, original),
+               torch.where(mask[..., None], predicted, original)]
+    columns = [images.denormalise(unpatchify(patches, height, width, p)) for patches in columns]
+    return [list(row) for row in zip(*columns)]
+
+
+def main() -> None:
+    config = run.parse("mae", __doc__)
+    model = run.load_model(config)
+    data = run.load_data(config, model)
+    pixels = data.test[:: max(1, len(data.test) // 8)][:8]
+    mask = model.draw_mask(pixels, config.mask_prob, run.generator(config.seed, "mask"))
+    rows = pictures(model.to(config.device), pixels.to(config.device), mask.to(config.device),
+                    config.pixels == "norm")
+    path = run.folder(config) / "reconstructions.png"
+    images.grid(rows, path, ["original", "masked", "reconstruction"])
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    run.program(main)

@@ -1,0 +1,596 @@
+"""A run from flags to results: settings, random numbers, devices, the loop's book-keeping, the folder.
+
+The paper takes all of this for granted. What it does say, its hyper-parameters, stands in `DEFAULTS`.
+"""
+import argparse
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import get_args
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from support import fetch, images, texts
+
+# ----------------------------------------------------------------------------- hyper-parameters
+# (modality, size, stage): the paper's where it says (§5, the authors' code), see the README's table;
+# "tiny" is for the bundled models. `warmup` is a share of the steps, `clip` a gradient norm (0: none).
+
+DEFAULTS = {
+    ("image", "base", "pretrain"): dict(
+        steps=20_000, batch_size=64, lr=1.5e-4, weight_decay=0.01, betas=(0.9, 0.95), warmup=0.0,
+        clip=0.0, mask_prob=0.75),
+    ("image", "base", "finetune"): dict(
+        steps=10_000, batch_size=32, lr=1e-4, weight_decay=0.01, warmup=0.05, clip=1.0, dropout=0.1,
+        recadam_cof=5000.0, recadam_t0=250, mars_radius=8.0),
+    ("image", "tiny", "pretrain"): dict(
+        steps=400, batch_size=64, lr=1e-3, weight_decay=0.01, betas=(0.9, 0.95), warmup=0.0,
+        clip=0.0, mask_prob=0.75),
+    ("image", "tiny", "finetune"): dict(
+        steps=300, batch_size=32, lr=1e-3, weight_decay=0.01, warmup=0.05, clip=1.0, dropout=0.0,
+        mars_radius=1.0),
+    ("text", "base", "pretrain"): dict(
+        epochs=100, batch_size=128, lr=1e-4, weight_decay=0.01, betas=(0.9, 0.999), warmup=0.06,
+        clip=1.0, mask_prob=0.15),
+    ("text", "base", "finetune"): dict(
+        epochs=10, batch_size=32, lr=2e-5, weight_decay=0.01, warmup=0.06, clip=1.0, dropout=0.1,
+        recadam_cof=5000.0, recadam_t0=100, mars_radius=8.0),
+    ("text", "tiny", "pretrain"): dict(
+        epochs=6, batch_size=32, lr=5e-4, weight_decay=0.01, betas=(0.9, 0.999), warmup=0.06,
+        clip=1.0, mask_prob=0.15),
+    ("text", "tiny", "finetune"): dict(
+        epochs=3, batch_size=32, lr=5e-4, weight_decay=0.01, warmup=0.06, clip=1.0, dropout=0.1,
+        mars_radius=1.0),
+}
+SMOKE = dict(steps=4, batch_size=8, finetune_steps=4, finetune_batch_size=8, train_size=80)
+TOYS = {"toybirds": "tiny", "pydocs": "tiny"}
+HUB = {"image": "facebook/vit-mae-base", "text": "FacebookAI/roberta-base"}
+TEXTS = ("chemprot", "acl_arc", "scierc", "twitter_emotion", "pydocs")
+IMAGES = ("aircraft", "cub", "chest_xray", "dtd", "dogs", "flower", "cifar100", "toybirds")
+
+
+def _flag(default: object, help: str, programs: str = "", choices: tuple[str, ...] = ()) -> object:
+    """A field that is a flag of the named programs (of all, where none is named)."""
+    return field(default=default, metadata={"help": help, "programs": programs, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a run; None means the value in `DEFAULTS` that fits the model (see `fill`)."""
+
+    dataset: str = _flag("toybirds", "data set by name (the README lists them), a folder of images, or a "
+                         ".jsonl file or folder of text")
+    data_dir: str = _flag(os.environ.get("DATA_DIR", "datasets"), "folder that holds the data sets")
+    init: str | None = _flag(None, "initial weights θ_init, φ_init: a .safetensors file, a folder, a hub id, "
+                             "'tiny' (bundled) or 'random'; default: tiny for toybirds and pydocs, else "
+                             f"{HUB['image']} or {HUB['text']} as in the paper")
+    out: str | None = _flag(None, "run folder; default runs/<program>-<dataset>-<init>-…-seed<seed>")
+    seed: int = _flag(0, "seed of every draw: order, masks, initialisation, augmentation, dropout, noise")
+    device: str = _flag("auto", "where to compute; auto takes the GPU if there is one",
+                        choices=("auto", "cpu", "cuda", "mps"))
+    precision: str = _flag("auto", "of the forward pass: fp32 is the paper's; auto is bf16 where a GPU has it. "
+                           "Use fp32 when a loss turns NaN", choices=("auto", "fp32", "bf16"))
+    compile: bool = _flag(False, "compile the model: slower to start, faster per step on a GPU")
+    save_every: str = _flag("1m", "save a checkpoint every so many steps (500) or minutes (5m): less is lost "
+                            "when a run dies, more is written", "distill finetune baselines")
+    smoke: bool = _flag(False, "a few steps on a few examples: shows that everything works, learns nothing")
+
+    steps: int | None = _flag(None, "optimiser steps of further pre-training and of each round (paper: 20000 for "
+                              "images, 100 epochs for text); more fits the unlabelled data closer", "distill")
+    batch_size: int | None = _flag(None, "examples a step while pre-training (paper: 64 images, 128 texts); lower "
+                                   "it when memory runs out", "distill")
+    lr: float | None = _flag(None, "learning rate α of pre-training (released code: 1.5e-4 for images); lower it "
+                             "when the loss jumps", "distill")
+    weight_decay: float | None = _flag(None, "of pre-training (released code: 0.01); more pulls the weights to 0",
+                                       "distill")
+    mask_prob: float | None = _flag(None, "mask probability γ (released code: 0.75 for images; 0.15 for text); "
+                                    "more hides more and makes the task harder", "mae mlm distill")
+    rounds: int = _flag(1, "rounds T' of self-distillation (paper: 1); 0 is further pre-training alone", "distill")
+    train_size: int | None = _flag(None, "use only so many training examples, the same number of each class, with "
+                                   "and without labels (Figure 3); default all", "distill finetune baselines")
+
+    finetune_steps: int | None = _flag(None, "optimiser steps of fine-tuning (paper: 10000 for images, 10 epochs "
+                                       "for text)", "distill finetune baselines")
+    finetune_batch_size: int | None = _flag(None, "examples a step of fine-tuning (paper: 32)",
+                                            "distill finetune baselines")
+    finetune_lr: float | None = _flag(None, "learning rate of fine-tuning (released code: 1e-4 for images)",
+                                      "distill finetune baselines")
+    method: str = _flag("finetune", "how to fine-tune: plainly or with one of the paper's baselines",
+                        "distill finetune", ("finetune", "recadam", "mars", "r3f"))
+    recadam_cof: float | None = _flag(None, "RecAdam's pull γ towards the pre-trained weights (its default 5000; "
+                                      "tiny models: 0.5 / lr); more pulls harder, and lr times it must stay below 2",
+                                      "distill finetune baselines")
+    recadam_t0: int | None = _flag(None, "step at which RecAdam weighs task and pull alike (its default 250); "
+                                   "later holds longer", "distill finetune baselines")
+    recadam_k: float = _flag(0.5, "how sharply RecAdam turns from pull to task around t0 (its default 0.5)",
+                             "distill finetune baselines")
+    mars_radius: float | None = _flag(None, "MARS: how far, in L1, a row of weights may leave its start; smaller "
+                                      "binds more", "distill finetune baselines")
+    r3f_eps: float = _flag(1e-5, "R3F: standard deviation of the Gaussian noise on the input (its default 1e-5)",
+                           "distill finetune baselines")
+    r3f_weight: float = _flag(1.0, "R3F: weight of the symmetric KL term (its default 1)",
+                              "distill finetune baselines")
+
+    match: str = _flag("hidden", "what the distillation term compares: hidden states at all positions (the paper), "
+                       "the class token's alone (released code), predictions, or weights by l2 or MARS (Table 3)",
+                       "distill", ("hidden", "cls", "prediction", "l2", "mars"))
+    masking: str = _flag("bernoulli", "bernoulli: each position on its own (the paper); fixed: MAE's exact count "
+                         "(released code, images); 80-10-10: RoBERTa's recipe (text)", "distill",
+                         ("bernoulli", "fixed", "80-10-10"))
+    pixels: str = _flag("norm", "target of the image loss: pixels normalised within their patch (released code), or "
+                        "raw", "mae distill", ("norm", "raw"))
+    mae_weight: float = _flag(1.0, "weight λ of L_MAE during self-distillation (Table 6; 0 leaves it out)", "distill")
+    as_released: bool = _flag(False, "what the authors' release does where it differs from the paper's text: "
+                              "--match cls --masking fixed", "distill")
+
+    # no flags: in `DEFAULTS` only
+    betas: tuple[float, float] | None = None
+    warmup: float | None = None
+    clip: float | None = None
+    finetune_weight_decay: float | None = None
+    finetune_warmup: float | None = None
+    finetune_clip: float | None = None
+    dropout: float | None = None
+
+    @property
+    def modality(self) -> str:
+        """"image" or "text", as the data set's name or files tell."""
+        path = Path(self.dataset)
+        jsonl = path.suffix == ".jsonl" or (path.is_dir() and any(path.glob("*.jsonl")))
+        return "text" if self.dataset in TEXTS or jsonl else "image"
+
+
+def parse(program: str, doc: str, argv: list[str] | None = None) -> Config:
+    """The settings of a program's command line; a mistake ends it with one sentence and status 2."""
+    parser = argparse.ArgumentParser(prog=f"{program}.py", description=doc, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for item in fields(Config):
+        if "help" not in item.metadata or program not in (item.metadata["programs"] or program):
+            continue
+        name, kind = "--" + item.name.replace("_", "-"), (*get_args(item.type), item.type)[0]
+        if kind is bool:
+            parser.add_argument(name, action="store_true", help=item.metadata["help"])
+        else:
+            shown = "" if item.default is None else f" (default {item.default})"
+            parser.add_argument(name, type=kind, default=item.default,
+                                choices=item.metadata["choices"] or None, help=item.metadata["help"] + shown)
+    return check(Config(**vars(parser.parse_args(argv))))
+
+
+def check(config: Config) -> Config:
+    """The settings with those filled in that others decide; combinations without sense are `BadInput`."""
+    modality = config.modality
+    if config.as_released:
+        config = replace(config, match="cls", masking="fixed")
+    if config.masking == {"image": "80-10-10", "text": "fixed"}[modality]:
+        raise fetch.BadInput(f"--masking {config.masking} is not for {modality}s: use bernoulli or "
+                             f"{ {'image': 'fixed', 'text': '80-10-10'}[modality] }")
+    if config.mask_prob is not None and not 0 < config.mask_prob < 1:
+        raise fetch.BadInput(f"--mask-prob is {config.mask_prob}, but a mask probability lies between 0 and 1")
+    for name in ("steps", "batch_size", "finetune_steps", "finetune_batch_size", "train_size"):
+        if getattr(config, name) is not None and getattr(config, name) < 1:
+            raise fetch.BadInput(f"--{name.replace('_', '-')} is {getattr(config, name)}: use at least 1")
+    if config.rounds < 0:
+        raise fetch.BadInput(f"--rounds is {config.rounds}: use 0 (further pre-training alone) or more")
+    if config.smoke:
+        config = replace(config, **{name: value for name, value in SMOKE.items() if getattr(config, name) is None})
+    return replace(config, init=config.init or TOYS.get(config.dataset, HUB[modality]))
+
+
+def fill(config: Config, model: torch.nn.Module, examples: int) -> Config:
+    """The settings with every None replaced by `DEFAULTS` for this model and number of examples.
+
+    Text's epochs become epochs × ⌈N/B⌉ steps. What is set stays, so filling twice changes nothing.
+    """
+    kind = (model.modality, "base" if model.config.width >= 512 else "tiny")
+    new = {}
+    for stage, prefix in (("pretrain", ""), ("finetune", "finetune_")):
+        table = dict(DEFAULTS[*kind, stage])
+        size = getattr(config, prefix + "batch_size") or table["batch_size"]
+        if "epochs" in table:
+            table["steps"] = table.pop("epochs") * math.ceil(examples / size)
+        for name, value in table.items():
+            name = prefix + name if prefix + name in Config.__dataclass_fields__ else name
+            if getattr(config, name) is None:
+                new[name] = value
+    config = replace(config, **new)
+    # a tiny model's learning rate is too high for RecAdam's own γ: lr·γ = 0.5, and t0 early in a short run
+    return replace(config, recadam_cof=config.recadam_cof or 0.5 / config.finetune_lr,
+                   recadam_t0=config.recadam_t0 or max(1, config.finetune_steps // 40))
+
+
+# ----------------------------------------------------------------------------- random numbers
+
+
+def seed_of(*address: object) -> int:
+    """A 63-bit seed for one address, such as (seed, stream, round, step): stateless, so nothing is saved."""
+    digest = hashlib.blake2b("/".join(map(str, address)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def generator(*address: object) -> torch.Generator:
+    """A CPU generator for one address; the same address draws the same numbers on every machine."""
+    return torch.Generator().manual_seed(seed_of(*address))
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch(examples: int, seed: int, stream: str, round: int, epoch: int) -> torch.Tensor:
+    return torch.randperm(examples, generator=generator(seed, stream, round, epoch))
+
+
+def draw_batch(examples: int, batch_size: int, seed: int, stream: str, round: int, step: int) -> torch.Tensor:
+    """Line 5: the indices Long[B] of a step's mini-batch, shuffled epochs laid end to end."""
+    first, parts = step * batch_size, []
+    while first < (step + 1) * batch_size:
+        epoch, place = divmod(first, examples)
+        parts.append(_epoch(examples, seed, stream, round, epoch)[place:place + (step + 1) * batch_size - first])
+        first += len(parts[-1])
+    return torch.cat(parts)  # [B]
+
+
+# ----------------------------------------------------------------------------- devices
+
+
+def device(config: Config) -> torch.device:
+    """The device asked for, or the best one that is there."""
+    if config.device != "auto":
+        return torch.device(config.device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def autocast(config: Config) -> contextlib.AbstractContextManager:
+    """bf16 matrix products where asked for, or by itself where a GPU has them; float32 otherwise."""
+    where = device(config).type
+    wanted = config.precision == "bf16" or (
+        config.precision == "auto" and where == "cuda" and torch.cuda.is_bf16_supported())
+    return torch.autocast(where, dtype=torch.bfloat16, enabled=wanted)
+
+
+def batch(inputs: object, index: torch.Tensor, where: torch.device) -> torch.Tensor:
+    """Examples as a model takes them: normalised pictures [B, 3, S, S] or token ids [B, K], on the device.
+
+    inputs: anything that an index Long[B] picks a batch from; uint8 is taken for pixels.
+    """
+    x = inputs[index].to(where, non_blocking=True)
+    return images.normalise(x) if x.dtype == torch.uint8 else x
+
+
+def clip_gradient(model: torch.nn.Module, most: float) -> torch.Tensor:
+    """Scale the gradient to at most a norm of `most` (0: leave it); returns the norm it had."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if most:
+        torch.nn.utils.clip_grads_with_norm_([p for p in model.parameters() if p.grad is not None], most, norm)
+    return norm
+
+
+# ----------------------------------------------------------------------------- models and data by name
+
+
+def load_model(kind: type, config: Config) -> torch.nn.Module:
+    """`mae.MAE` or `mlm.MLM` with the weights that --init names."""
+    if config.init != "random":
+        return kind.from_pretrained(config.init)
+    usual = TOYS.get(config.dataset, HUB[config.modality])
+    if usual == HUB["image"]:  # its sizes are the defaults; only text needs the file, for its tokenizer
+        return kind(generator=generator(config.seed, "init"))
+    model = kind.from_pretrained(usual)
+    fresh = kind(model.config, generator(config.seed, "init"))
+    if config.modality == "text":
+        fresh.tokenizer = model.tokenizer
+    return fresh
+
+
+def load_data(config: Config, model: torch.nn.Module) -> fetch.Data:
+    """The data set that --dataset names, cut to --train-size, as the model takes it."""
+    if model.modality == "image":
+        data = images.load(config.dataset, config.data_dir, model.config.image_size)
+    else:
+        data = texts.load(config.dataset, config.data_dir, model.tokenizer, model.config.max_positions - 2)
+    if config.smoke and data.test is not None:
+        few = torch.randperm(len(data.test), generator=generator(config.seed, "smoke"))[:64]
+        data = replace(data, test=data.test[few] if model.modality == "image" else data.test.take(few),
+                       test_labels=None if data.test_labels is None else data.test_labels[few])
+    if config.train_size is None or config.train_size >= len(data.train):
+        return data
+    chosen = balanced(data.train_labels, len(data.train), config.train_size, generator(config.seed, "subset"))
+    labels = None if data.train_labels is None else data.train_labels[chosen]
+    return replace(data, train=data.train[chosen] if model.modality == "image" else data.train.take(chosen),
+                   train_labels=labels, fingerprint=f"{data.fingerprint}-{config.train_size}-{config.seed}")
+
+
+def balanced(labels: torch.Tensor | None, examples: int, size: int, draws: torch.Generator) -> torch.Tensor:
+    """Indices Long[size] in rising order, as equal a number from every class as there are examples.
+
+    The examples are shuffled, then taken in turn: every class's first, every class's second, and so on.
+    """
+    shuffled = torch.randperm(examples, generator=draws)
+    if labels is None:
+        return shuffled[:size].sort().values
+    if size < len(labels.unique()):
+        raise fetch.BadInput(f"--train-size {size} is less than the {len(labels.unique())} classes: use at least one each")
+    turn = torch.empty(examples, dtype=torch.long)
+    for label in labels.unique():
+        members = shuffled[labels[shuffled] == label]
+        turn[members] = torch.arange(len(members))
+    # ties (the same turn, different classes) go by the shuffled order
+    return shuffled[turn[shuffled].argsort(stable=True)][:size].sort().values
+
+
+# ----------------------------------------------------------------------------- the run folder
+
+
+def _short(value: object) -> str:
+    return str(value).rstrip("/\\").replace("\\", "/").split("/")[-1].removesuffix(".safetensors").removesuffix(".jsonl")
+
+
+HARMLESS = ("data_dir", "out", "device", "save_every", "compile")  # cannot change what is computed, bar rounding
+
+
+# everything that further pre-training depends on, beside the data and the initial weights
+FURTHER = ("seed", "steps", "batch_size", "lr", "weight_decay", "betas", "warmup", "clip", "mask_prob", "masking",
+           "pixels", "precision")
+
+
+def folder(program: str, config: Config, model: torch.nn.Module, examples: int) -> Path:
+    """--out, or runs/<program>-<dataset>-<init>[-flag=value for each flag not at its default]-seed<seed>."""
+    if config.out:
+        return Path(config.out)
+    usual = fill(check(Config(dataset=config.dataset, init=config.init)), model, examples)
+    unusual = [f"-{item.name.replace('_', '-')}={getattr(config, item.name)}" for item in fields(Config)
+               if item.name not in (*HARMLESS, "dataset", "init", "seed") and "help" in item.metadata
+               and getattr(config, item.name) != getattr(usual, item.name)]
+    if config.smoke:
+        unusual = ["-smoke=True"]
+    return Path("runs") / f"{program}-{_short(config.dataset)}-{_short(config.init)}{''.join(unusual)}-seed{config.seed}"
+
+
+def digest(model: torch.nn.Module) -> str:
+    """A hash of all of a model's weights."""
+    total = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        total.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def write_json(value: object, path: Path) -> None:
+    """Write JSON whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def _revision() -> str:
+    try:
+        command = ["git", "describe", "--always", "--dirty"]
+        return subprocess.run(command, cwd=fetch.ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+class Run:
+    """One run's folder, log, checkpoint and progress; `Run()` keeps nothing and shows nothing."""
+
+    def __init__(self, folder: Path | None = None, config: Config | None = None, **facts: object) -> None:
+        self.folder = folder
+        if folder is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = {name: list(value) if isinstance(value, tuple) else value
+                    for name, value in asdict(config).items()}
+        known = folder / "config.json"
+        if known.exists():
+            before = json.loads(known.read_text(encoding="utf-8"))["settings"]
+            changed = [f"{name} was {before.get(name)}, now {value}" for name, value in settings.items()
+                       if name not in HARMLESS and before.get(name) != value]
+            if changed:
+                raise fetch.BadInput(f"{folder} holds a run with other settings ({'; '.join(changed)}): "
+                                     "choose another --out or delete the folder")
+        self.lineage = {"dataset": config.dataset, "init": config.init, "seed": str(config.seed)}
+        depends = {name: settings[name] for name in FURTHER} | facts | {"torch": torch.__version__}
+        self.further_key = hashlib.blake2b(json.dumps(depends, sort_keys=True).encode(), digest_size=16).hexdigest()
+        write_json({"settings": settings, "command": shlex.join(sys.argv), "python": platform.python_version(),
+                    "torch": torch.__version__, "machine": platform.platform(), "device": str(device(config)),
+                    "git": _revision(), **facts}, known)
+
+    def results(self) -> dict | None:
+        """The finished run's results.json, or None."""
+        path = self.folder / "results.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def stage(self, name: str, round: int, model: torch.nn.Module, optimiser: torch.optim.Optimizer, steps: int,
+              lr: float, warmup: float, config: Config) -> Iterator[int]:
+        """Line 4, `while not converge`: yields the steps that are left to do.
+
+        Before each it sets the learning rate (linear warm-up, then linear to 0) and dropout's seed;
+        after each it saves a checkpoint when one is due. A run that died carries on from its last.
+        """
+        self.name, self.round, self.steps, self.optimiser = name, round, steps, optimiser
+        start = self._resume(model)
+        every, minutes = config.save_every.rstrip("m"), config.save_every.endswith("m")
+        saved = began = time.monotonic()
+        # a bar of its own for every stage; few lines where the output is a file
+        with tqdm(total=steps, initial=start, desc=name, disable=self.folder is None, dynamic_ncols=True,
+                  mininterval=0.5 if sys.stderr.isatty() else 20) as self.bar:
+            for step in range(start, steps):
+                self.step = step
+                ramp = warmup * steps
+                share = step / ramp if step < ramp else (steps - step) / (steps - ramp)
+                for group in optimiser.param_groups:
+                    group["lr"] = lr * share
+                torch.manual_seed(seed_of(config.seed, "dropout", name, round, step))
+                yield step
+                self.bar.update()
+                due = time.monotonic() - saved >= 60 * float(every) if minutes else (step + 1) % int(every) == 0
+                if self.folder and due and step + 1 < steps:
+                    self._save(model, step + 1)
+                    saved = time.monotonic()
+        if self.folder:
+            seconds = time.monotonic() - began
+            timing = {"stage": name, "round": round, "steps": steps - start, "seconds": seconds}
+            if torch.cuda.is_available():
+                timing["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
+            with open(self.folder / "timing.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(timing) + "\n")
+
+    def log(self, **values: torch.Tensor) -> None:
+        """Note a step's losses, its gradient's norm and so on: the first, the last and about 50 between."""
+        if self.step % max(1, self.steps // 50) and self.step != self.steps - 1:
+            return  # reading a value would make the device wait
+        values = {name: float(value) for name, value in values.items()}
+        values["lr"] = self.optimiser.param_groups[0]["lr"]
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if bad:
+            raise FloatingPointError(
+                f"{self.name}, step {self.step}: {', '.join(bad)} not finite ({values}); the last checkpoint is kept: "
+                "try a lower learning rate or --precision fp32")
+        if self.folder:
+            self.bar.set_postfix({name: f"{value:.4g}" for name, value in values.items() if "loss" in name}, refresh=False)
+            line = {"stage": self.name, "round": self.round, "step": self.step, **values}
+            with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def _save(self, model: torch.nn.Module, step: int) -> None:
+        tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+        for i, state in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{i}.{name}": torch.as_tensor(value) for name, value in state.items()}
+        fetch.save_weights(tensors, {}, self.folder / "checkpoint.safetensors", stage=self.name,
+                           round=str(self.round), step=str(step))
+
+    def _resume(self, model: torch.nn.Module) -> int:
+        """The step to start from; weights and optimiser are put back as they were then."""
+        if self.folder is None:
+            return 0
+        path, start = self.folder / "checkpoint.safetensors", 0
+        if path.exists():
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata()
+            if (about["stage"], about["round"]) == (self.name, str(self.round)):
+                start, tensors, state = int(about["step"]), load_file(path), {}
+                model.load_state_dict({name[len("model."):]: tensor for name, tensor in tensors.items()
+                                       if name.startswith("model.")})
+                for name, tensor in tensors.items():
+                    if name.startswith("optimiser."):
+                        _, i, key = name.split(".")
+                        state.setdefault(int(i), {})[key] = tensor
+                self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": state})
+        log = self.folder / "log.jsonl"
+        if log.exists():  # forget what was logged after the checkpoint: it will be logged again
+            lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line]
+            keep = [line for line in lines if (told := json.loads(line)) and not (
+                (told["stage"], told["round"]) == (self.name, self.round) and told["step"] >= start)]
+            part = log.with_name("log.jsonl.part")
+            part.write_text("".join(line + "\n" for line in keep), encoding="utf-8")
+            os.replace(part, log)
+        return start
+
+    def kept(self, name: str, like: torch.nn.Module, make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+        """The model that <name>.safetensors holds, made and saved if it is not there yet.
+
+        A further pre-trained model is also taken from a neighbouring run folder, if everything that
+        it depends on has the same hash.
+        """
+        if self.folder is None:
+            return make()
+        path, lineage = self.folder / f"{name}.safetensors", self.lineage
+        if name == "further":
+            lineage = {**lineage, "key": self.further_key}
+            for other in sorted(self.folder.parent.glob("*/further.safetensors")):
+                with safe_open(other, framework="pt") as file:
+                    same = (file.metadata() or {}).get("key") == self.further_key
+                if same and not path.exists():
+                    print(f"further pre-training: taken from {other}, which was made alike")
+                    shutil.copyfile(other, part := path.with_suffix(".part"))
+                    os.replace(part, path)
+        if path.exists():
+            return type(like).from_pretrained(path)
+        model = make()
+        model.save(path, **lineage)
+        return model
+
+    def measured(self, row: str, make: Callable[[], dict]) -> dict:
+        """A finished row of the table, made and noted if it is not there yet."""
+        if self.folder is None:
+            return make()
+        path = self.folder / "rows.json"
+        rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if row not in rows:
+            rows[row] = make()
+            write_json(rows, path)
+        return rows[row]
+
+    def finish(self, data: fetch.Data, rows: list[dict]) -> dict:
+        """Write curves.png and results.json, and drop what only an unfinished run needs."""
+        curves(self.folder)
+        results = {"dataset": data.name, "num_classes": len(data.classes), "n_train": len(data.train),
+                   "n_test": 0 if data.test is None else len(data.test), "rows": rows}
+        write_json(results, self.folder / "results.json")
+        for name in ("checkpoint.safetensors", "rows.json"):
+            (self.folder / name).unlink(missing_ok=True)
+        return results
+
+    def report(self, results: dict) -> None:
+        """Print the table of a finished run and where its files are."""
+        if results["rows"]:
+            print(f"\n{results['dataset']}: {results['n_train']} training and {results['n_test']} test examples, "
+                  f"{results['num_classes']} classes, seed {results['rows'][0]['seed']}\n")
+            metric = {"accuracy": "accuracy %", "macro_f1": "macro F1 %", "micro_f1": "micro F1 %"}
+            print(f"{'':24}{metric[results['rows'][0]['metric']]:>12}{'gap':>9}{'distance':>11}")
+            for row in results["rows"]:
+                print(f"{row['method']:24}{100 * row['score']:12.2f}{row['gap']:9.3f}{row['distance']:11.2f}")
+            print("\ngap: test loss - training loss; distance: from the initial weights θ_init, ‖θ_init - θ‖")
+        pictures = sorted(path.name for path in self.folder.glob("*.png"))
+        print(f"{self.folder}: {', '.join(pictures)}, results.json, log.jsonl")
+
+
+def curves(folder: Path) -> None:
+    """Draw curves.png from log.jsonl: each loss of each stage against its steps."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    kinds = [kind for kind in ("mae_loss", "distill_loss", "loss") if any(kind in line for line in lines)]
+    figure, axes = plt.subplots(1, len(kinds), figsize=(4.5 * len(kinds), 3.2), squeeze=False, layout="constrained")
+    titles = {"mae_loss": "masked auto-encoding, L1", "distill_loss": "distillation, L2",
+              "loss": "fine-tuning, cross-entropy"}
+    for axis, kind in zip(axes[0], kinds):
+        for stage, round in dict.fromkeys((line["stage"], line["round"]) for line in lines if kind in line):
+            points = [(line["step"], line[kind]) for line in lines
+                      if (line["stage"], line["round"]) == (stage, round) and kind in line]
+            axis.plot(*zip(*points), label=f"{stage}, round {round}" if round > 1 else stage)
+        axis.set(title=titles[kind], xlabel="step", ylabel="loss")
+        axis.legend(fontsize=7)
+    figure.savefig(folder / "curves.png", dpi=120)
+    plt.close(figure)
+
+
+def program(main: Callable[[], None]) -> None:
+    """Run a program's main; what the user can mend is one line on standard error and status 2."""
+    try:
+        main()
+    except fetch.BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (FloatingPointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped; the same command carries on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,308 @@
+"""Texts as one tensor a split: the paper's four sets, the user's own files, and `pydocs`.
+
+A name becomes texts with labels, texts become token ids, and the ids of a whole split lie end to end in
+one int32 tensor (`Texts`). The ids are kept on disk under `cache/`, keyed by everything that they
+depend on, and memory-mapped from there, so a second start neither parses nor tokenises.
+"""
+import ast
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from support import fetch
+from support.fetch import BadInput, Data
+
+OFFICIAL = {"chemprot": "micro_f1", "acl_arc": "macro_f1", "scierc": "macro_f1", "twitter_emotion": "macro_f1"}
+Rows = list[tuple[str, str | None]]         # (text, label); the label is None where the file has none
+Split = tuple[Rows, Rows, list[str], str]   # training rows, test rows, classes, a note
+
+
+class Texts:
+    """Token ids of many texts, end to end: text i is ids[offsets[i]:offsets[i + 1]]."""
+
+    def __init__(self, ids: Tensor, offsets: Tensor, pad_id: int, truncated: int = 0):
+        self.ids, self.offsets, self.pad_id, self.truncated = ids, offsets, pad_id, truncated
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """Ids [B, K] of the texts at index [B], padded to the longest of them."""
+        index = index.cpu()     # offsets stay on the CPU, where finding the longest stops no device
+        start = self.offsets[index]                                                       # [B]
+        length = self.offsets[index + 1] - start                                          # [B]
+        column = torch.arange(int(length.max()))                                          # [K]
+        padding = (column >= length[:, None]).to(self.ids.device)                         # [B, K]
+        place = (start[:, None] + column).clamp_(max=len(self.ids) - 1)                   # [B, K]
+        return self.ids[place.to(self.ids.device)].long().masked_fill_(padding, self.pad_id)
+
+    def take(self, index: Tensor) -> "Texts":
+        """The texts at index [n] alone, in that order."""
+        length = self.offsets.diff()[index]                                               # [n]
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), length.cumsum(0)])        # [n + 1]
+        shift = (self.offsets[index] - offsets[:-1]).repeat_interleave(length)            # [total]
+        place = torch.arange(int(offsets[-1])) + shift                                    # [total]
+        return Texts(self.ids[place.to(self.ids.device)], offsets, self.pad_id, self.truncated)
+
+    def to(self, device: str | torch.device) -> "Texts":
+        """The same texts with their ids on another device."""
+        return Texts(self.ids.to(device), self.offsets, self.pad_id, self.truncated)
+
+
+def load(name: str, data_dir: str | Path, tokenizer: Tokenizer | None, max_length: int) -> Data:
+    """Train and test texts of a dataset: an official name, "pydocs", a .jsonl file or a folder of them.
+
+    Each text becomes `<s> … </s>`, cut to max_length tokens in all. Raises BadInput for files that
+    cannot be used.
+    """
+    if tokenizer is None:
+        raise BadInput("these weights have no tokenizer.json beside them, and without it no text can be read")
+    files, read = sources(name, data_dir)
+    fingerprint = digest(*(part for file in files for part in (file.name, read_bytes(file))))
+    # this file's own text is part of the key: a changed reader must not meet an old cache
+    key = digest(fingerprint, tokenizer.to_str(), str(max_length), Path(__file__).read_bytes())
+    path = cache_folder(data_dir) / f"{Path(name).stem}-{key[:16]}.safetensors"
+    if not path.exists():
+        train, test, classes, note = read(files)
+        tensors, truncated = {}, {}
+        for split, rows in (("train", train), ("test", test)):
+            ids, offsets, truncated[split] = tokenise([text for text, _ in rows], tokenizer, max_length)
+            tensors |= {f"{split}.ids": ids, f"{split}.offsets": offsets}
+            if classes and rows:
+                tensors[f"{split}.labels"] = label_ids([label for _, label in rows], classes, f"{name} ({split})")
+        fetch.save_weights(tensors, {"classes": classes, "note": note, "truncated": truncated}, path)
+    tensors, stored = fetch.read_weights(path)
+    train, test = (Texts(tensors[f"{split}.ids"], tensors[f"{split}.offsets"], tokenizer.token_to_id("<pad>"),
+                         stored["truncated"][split]) for split in ("train", "test"))
+    return Data(name=name, train=train, train_labels=tensors.get("train.labels"), test=test if len(test) else None,
+                test_labels=tensors.get("test.labels"), classes=stored["classes"],
+                metric=OFFICIAL.get(name, "macro_f1"), fingerprint=fingerprint, note=stored["note"])
+
+
+def sources(name: str, data_dir: str | Path) -> tuple[list[Path], Callable[[list[Path]], Split]]:
+    """The files behind a dataset's name, and the function that reads them."""
+    if name == "pydocs":
+        return [file for modules in PYDOCS.values() for file in module_files(modules)], read_pydocs
+    if name not in OFFICIAL:
+        path = Path(name)
+        files = [path] if path.is_file() and path.suffix == ".jsonl" else sorted(path.glob("*.jsonl"))
+        if len(files) != 1 and not any(file.stem == "train" for file in files):
+            raise BadInput(f"no texts at {name!r}: give {', '.join(OFFICIAL)}, pydocs, a .jsonl file or a folder with "
+                           "train.jsonl and, if you have it, test.jsonl")
+        return files, read_jsonl
+    folder = Path(data_dir) / name
+    folder = folder if folder.is_dir() else Path(fetch.dataset(name, data_dir))
+    if name == "twitter_emotion":
+        parts = [f"{split}_{kind}.txt" for split in ("train", "val", "test") for kind in ("text", "labels")]
+        return [folder / part for part in (*parts, "mapping.txt")], read_tweets
+    return [folder / f"{split}.jsonl" for split in ("train", "dev", "test")], read_jsonl
+
+
+def tokenise(rows: list[str], tokenizer: Tokenizer, max_length: int) -> tuple[Tensor, Tensor, int]:
+    """All texts' ids end to end, their offsets, and how many texts were cut to max_length."""
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())      # a copy: settings of the caller's stay as they are
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True                  # a text that spells out "<mask>" contains no mask
+    start, end, room = tokenizer.token_to_id("<s>"), tokenizer.token_to_id("</s>"), max_length - 2
+    found = [encoding.ids for encoding in tokenizer.encode_batch(rows, add_special_tokens=False)]
+    ids = [i for text in found for i in (start, *text[:room], end)]
+    offsets = torch.tensor([0] + [min(len(text), room) + 2 for text in found]).cumsum(0)          # [N + 1]
+    return torch.tensor(ids, dtype=torch.int32), offsets, sum(len(text) > room for text in found)
+
+
+def label_ids(labels: list[str], classes: list[str], where: str) -> Tensor:
+    unseen = sorted(set(labels) - set(classes))
+    if unseen:
+        raise BadInput(f"{where} has the label {unseen[0]!r}, which no training text has ({', '.join(classes)})")
+    return torch.tensor([classes.index(label) for label in labels])
+
+
+def cache_folder(data_dir: str | Path) -> Path:
+    """`cache` in data_dir or, where that cannot be written, in the user's own cache."""
+    folder = Path(data_dir) / "cache"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    return folder if writable else Path.home() / ".cache" / "self-distillation"
+
+
+# ----------------------------------------------------------------------------- files
+
+
+def digest(*parts: str | bytes) -> str:
+    """One hex digest of several strings; lengths keep ("ab", "c") and ("a", "bc") apart."""
+    total = hashlib.sha256()
+    for part in parts:
+        part = part.encode() if isinstance(part, str) else part
+        total.update(len(part).to_bytes(8, "little") + part)
+    return total.hexdigest()
+
+
+def read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read ({error.strerror})") from error
+
+
+def read_lines(path: Path) -> list[str]:
+    """Lines of a UTF-8 file. Only a newline ends one: tweets contain the other separators of Unicode."""
+    try:
+        text = read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+
+
+def jsonl_rows(path: Path) -> Rows:
+    """(text, label) of every line `{"text": …, "label": …}`; either all lines have a label or none has."""
+    rows = []
+    for number, line in enumerate(read_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise BadInput(f"{path}, line {number}: not JSON ({error})") from error
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str) or not row["text"].strip():
+            raise BadInput(f'{path}, line {number}: no "text" with words in it')
+        label = row.get("label")
+        if not isinstance(label, str | None):
+            raise BadInput(f'{path}, line {number}: "label" is {json.dumps(label)}, but must be a string')
+        if rows and (label is None) != (rows[0][1] is None):
+            raise BadInput(f"{path}, line {number}: some lines have a label and some have none")
+        # half a surrogate pair ("\\ud83d" alone, from cut emoji) is legal JSON but no text
+        rows.append((row["text"].encode(errors="replace").decode(), label))
+    if not rows:
+        raise BadInput(f"{path} holds no texts")
+    return rows
+
+
+def read_jsonl(files: list[Path]) -> Split:
+    """train.jsonl and test.jsonl, or one file that is split 80 : 20 where it has labels."""
+    named = {file.stem: file for file in files}
+    source = named.get("train", files[0])
+    train, test, note = jsonl_rows(source), [], f"from {source.parent}"
+    if "test" in named and source != named["test"]:
+        test = jsonl_rows(named["test"])
+        if (test[0][1] is None) != (train[0][1] is None):
+            raise BadInput(f"{source.parent}: of train.jsonl and test.jsonl only one has labels")
+    elif train[0][1] is not None:
+        train, test = divide(train, 0.8)
+        note = f"from {source}, divided 80 : 20"
+    if "dev" in named:
+        note += f"; its {len(jsonl_rows(named['dev']))} development texts are not used"
+    return train, test, sorted({label for _, label in train if label is not None}), note
+
+
+def read_tweets(files: list[Path]) -> Split:
+    """TweetEval's emotion set: texts and class numbers line by line, the names in mapping.txt."""
+    lines = {file.stem: read_lines(file) for file in files}
+    names = dict(line.split("\t") for line in lines["mapping"])
+    splits = {}
+    for split in ("train", "val", "test"):
+        texts, labels = lines[f"{split}_text"], lines[f"{split}_labels"]
+        if len(texts) != len(labels) or not set(labels) <= set(names):
+            raise BadInput(f"{files[0].parent}: {split}_text.txt has {len(texts)} lines, {split}_labels.txt {len(labels)}, "
+                           f"which must match and be numbers of mapping.txt ({', '.join(names)})")
+        splits[split] = [(text, names[label]) for text, label in zip(texts, labels, strict=True)]
+    note = f"from {files[0].parent}; its {len(splits['val'])} development texts are not used"
+    return splits["train"], splits["test"], list(names.values()), note
+
+
+def divide(rows: Rows, share: float) -> tuple[Rows, Rows]:
+    """Two parts by a hash of the text: the same on every machine, equal texts together, every class in the first."""
+    label_of = dict(reversed(rows))                                        # of equal texts the first one's label
+    train = set()
+    for wanted in sorted(set(label_of.values())):
+        of_class = sorted((text for text, label in label_of.items() if label == wanted), key=digest)
+        train |= set(of_class[:math.ceil(share * len(of_class))])
+    return [row for row in rows if row[0] in train], [row for row in rows if row[0] not in train]
+
+
+# ----------------------------------------------------------------------------- pydocs
+
+# class -> modules: those of Python 3.11 to 3.14 with the most docstrings that no Linux package leaves out
+PYDOCS = {"asyncio": ("asyncio",), "decimal": ("_pydecimal", "fractions", "statistics"), "email": ("email",),
+          "http": ("http", "urllib"), "importlib": ("importlib",), "logging": ("logging",), "mailbox": ("mailbox",),
+          "multiprocessing": ("multiprocessing", "concurrent"), "tarfile": ("tarfile", "zipfile"),
+          "unittest": ("unittest",), "xml": ("xml",)}
+SHORTEST = 5                # words
+
+
+def stdlib() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def module_files(modules: Iterable[str]) -> list[Path]:
+    """Source files of standard modules and packages, their tests left out."""
+    found = []
+    for module in modules:
+        file, package = stdlib() / f"{module}.py", stdlib() / module
+        found += [file] if file.exists() else [f for f in sorted(package.rglob("*.py")) if is_no_test(f)]
+    if not found:
+        raise BadInput(f"this Python carries no sources of {', '.join(modules)} in {stdlib()}, which pydocs reads: "
+                       "choose another dataset")
+    return found
+
+
+def is_no_test(file: Path) -> bool:
+    parts = file.relative_to(stdlib()).parts
+    return not {"test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages"} & set(parts)
+
+
+def docstrings(file: Path) -> Iterator[str]:
+    """Docstrings of a Python file's module, classes and functions, one line each."""
+    for node in ast.walk(ast.parse(read_bytes(file))):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield " ".join((ast.get_docstring(node) or "").split())
+
+
+def read_pydocs(files: list[Path]) -> Split:
+    """Docstrings labelled by the package that they come from, without that package's own name."""
+    rows = {}
+    for label, modules in PYDOCS.items():
+        names = "|".join({part for module in (label, *modules) for part in module.strip("_").split(".")})
+        own_name = re.compile(rf"(?<![A-Za-z0-9])(?:{names})(?![A-Za-z0-9])", re.IGNORECASE)
+        for text in (text for file in module_files(modules) for text in docstrings(file)):
+            text = " ".join(own_name.sub("", text).split())
+            if len(text.split()) >= SHORTEST:
+                rows.setdefault(text, label)
+    train, test = divide(list(rows.items()), 0.7)
+    version = ".".join(map(str, sys.version_info[:3]))
+    return train, test, sorted(PYDOCS), f"docstrings of Python {version}'s standard library, divided 70 : 30"
+
+
+def pydocs_other() -> Iterator[str]:
+    """English from the modules that pydocs does not read: long strings and comment blocks, each once, on one line."""
+    used = {name.strip("_") for label, modules in PYDOCS.items() for name in (label, *modules)}
+    seen = set()
+    for file in sorted(stdlib().rglob("*.py")):
+        parts = file.relative_to(stdlib()).parts
+        if used & set(re.split(r"[._/]", "/".join(parts))) or {"site-packages", "dist-packages"} & set(parts):
+            continue
+        try:
+            source = file.read_text(encoding="utf-8")
+            nodes = list(ast.walk(ast.parse(source)))
+        except (SyntaxError, ValueError):       # some tests are wrong on purpose
+            continue
+        found = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+        found += [re.sub(r"(?m)^[ \t]*#+", "", block) for block in re.findall(r"(?m)(?:^[ \t]*#.*\n)+", source)]
+        for text in (" ".join(text.split()) for text in found):
+            letters = sum(c.isascii() and (c.isalpha() or c == " ") for c in text)
+            if len(text.split()) >= 8 and letters > 0.8 * len(text) and text.isprintable() and text not in seen:
+                seen.add(text)
+                yield text
