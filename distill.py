@@ -22,7 +22,7 @@ import baselines
 import finetune
 import mae
 import mlm
-from support import fetch, images, run
+from support import images, run
 from support.run import Config
 
 # ----------------------------------------------------------------------------- line 10: L_MAE

@@ -300,7 +300,7 @@ class MAE(nn.Module):
         config = Config(**_sizes(tensors, table, described, sizes))
         model = cls(config)
         wanted = model.state_dict()
-        if not any(name.startswith("decoder") or name == "mask_token" for name in tensors):
+        if not _has_decoder(tensors):
             print(f"NOTE: {path} holds an encoder only: the decoder starts FRESH (untrained).", flush=True)
             wanted = {name: tensor for name, tensor in wanted.items() if name.startswith("encoder.")}
         found = fetch.translate(tensors, {ours: table.get(ours, ours) for ours in wanted}, wanted)
@@ -362,44 +362,54 @@ def _foreign_names(tensors: dict[str, Tensor], path: Path) -> dict[str, str | tu
 
 
 def _depth(tensors: dict[str, Tensor], prefix: str) -> int:
+    """How many numbers follow a prefix such as "blocks" in the tensors' names."""
     start = prefix.count(".") + 1
     return len({name.split(".")[start] for name in tensors if name.startswith(prefix + ".")})
 
 
+# our field -> the entry of Hugging Face's config.json
+_HUB_FIELDS = {
+    "image_size": "image_size", "patch_size": "patch_size", "width": "hidden_size", "depth": "num_hidden_layers",
+    "heads": "num_attention_heads", "mlp": "intermediate_size", "decoder_width": "decoder_hidden_size",
+    "decoder_depth": "decoder_num_hidden_layers", "decoder_heads": "decoder_num_attention_heads",
+    "decoder_mlp": "decoder_intermediate_size", "eps": "layer_norm_eps", "dropout": "hidden_dropout_prob"}
+
+
 def _sizes(tensors: dict[str, Tensor], table: dict, described: dict, given: dict) -> dict:
-    """Config's fields: the file's own description wins, then shapes, then what the caller gave."""
-    if set(described) >= {"width", "depth", "heads"}:  # our own metadata
-        return {field.name: described[field.name] for field in fields(Config) if field.name in described}
-    names = {"image_size": "image_size", "patch_size": "patch_size", "width": "hidden_size",
-             "depth": "num_hidden_layers", "heads": "num_attention_heads", "mlp": "intermediate_size",
-             "decoder_width": "decoder_hidden_size", "decoder_depth": "decoder_num_hidden_layers",
-             "decoder_heads": "decoder_num_attention_heads", "decoder_mlp": "decoder_intermediate_size",
-             "eps": "layer_norm_eps", "dropout": "hidden_dropout_prob"}
-    told = {ours: described[theirs] for ours, theirs in names.items() if theirs in described}
-    first = {ours: tensors[name if isinstance(name, str) else name[0]] for ours, name in table.items()
-             if (name if isinstance(name, str) else name[0]) in tensors}
-    shapes = {"eps": 1e-6 if "cls_token" in tensors else 1e-12, **given}
-    try:
-        patch = first["encoder.patch.weight"]  # [D, P]
-        shapes |= {"width": patch.shape[0], "patch_size": round((patch.shape[1] / 3) ** 0.5),
-                   "mlp": len(first["encoder.blocks.0.fc1.bias"]),
-                   "depth": sum(name.endswith("norm1.bias") and name.startswith("encoder") for name in first)}
-        side = round((first["encoder.positions"].shape[1] - 1) ** 0.5)
-        shapes["image_size"] = side * shapes["patch_size"]
-    except KeyError as error:
-        raise fetch.BadInput(f"the weights do not fit: missing {table[error.args[0]]}") from error
-    if "decoder.embed.bias" in first:
-        depth = sum(name.endswith("norm1.bias") and name.startswith("decoder") for name in first)
-        shapes |= {"decoder_width": len(first["decoder.embed.bias"]), "decoder_depth": depth,
-                   "decoder_mlp": len(first.get("decoder.blocks.0.fc1.bias", ()))}
-    sizes = {**shapes, **told}
-    for heads, width, known in (("heads", "width", _HEADS), ("decoder_heads", "decoder_width", _DECODER_HEADS)):
-        if heads not in sizes and sizes.get(width) in known:
-            sizes[heads] = known[sizes[width]]
-        if heads not in sizes and width in sizes:
-            raise fetch.BadInput(f"nothing says how many heads a {width} of {sizes[width]} has: put a config.json "
-                                 f"beside the weights or call MAE.from_pretrained(source, {heads}=...)")
+    """Config's fields: the file's own description wins, then what the caller gave, then the shapes."""
+    if described.get("model") == "mae":  # written by `MAE.save`
+        return {field.name: described[field.name] for field in fields(Config)}
+
+    def shape(ours: str) -> torch.Size:
+        name = table.get(ours, ours)
+        name = name if isinstance(name, str) else name[0]
+        if name not in tensors:
+            raise fetch.BadInput(f"the weights do not fit: missing {name} (for {ours})")
+        return tensors[name].shape
+
+    def depth(stem: str) -> int:
+        return sum(name.startswith(stem) and name.endswith("norm1.bias") for name in table)
+
+    width, P = shape("encoder.patch.weight")
+    patch_size = round((P / 3) ** 0.5)
+    sizes = {"width": width, "patch_size": patch_size, "depth": depth("encoder"),
+             "image_size": patch_size * round((shape("encoder.positions")[1] - 1) ** 0.5),
+             "mlp": shape("encoder.blocks.0.fc1.bias")[0], "eps": 1e-6 if "cls_token" in tensors else 1e-12}
+    if _has_decoder(tensors):
+        sizes |= {"decoder_width": shape("decoder.embed.bias")[0], "decoder_depth": depth("decoder"),
+                  "decoder_mlp": shape("decoder.blocks.0.fc1.bias")[0]}
+    sizes |= given | {ours: described[theirs] for ours, theirs in _HUB_FIELDS.items() if theirs in described}
+    for heads, wide, published in (("heads", "width", _HEADS), ("decoder_heads", "decoder_width", _DECODER_HEADS)):
+        if heads not in sizes and wide in sizes:
+            if sizes[wide] not in published:
+                raise fetch.BadInput(f"nothing says how many heads a {wide} of {sizes[wide]} has: put a config.json "
+                                     f"beside the weights or call MAE.from_pretrained(source, {heads}=...)")
+            sizes[heads] = published[sizes[wide]]
     return sizes
+
+
+def _has_decoder(tensors: dict[str, Tensor]) -> bool:
+    return any(name.startswith("decoder") or name == "mask_token" for name in tensors)
 
 
 # ----------------------------------------------------------------------------- pictures

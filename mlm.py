@@ -1,19 +1,18 @@
 """Masked auto-encoding for text: the encoder f_θ and the decoder g_φ of the paper, for RoBERTa.
 
-Section 3.1, equation 2 and Appendix C of "Self-Distillation for Further Pre-training of Transformers"
-(Lee et al., ICLR 2023). Each token is masked independently with probability γ (z_k = 1) and replaced by
-`<mask>`; the loss of one text is -Σ_k z_k/Z · log p(x_k | x̂), Z = Σ_k z_k: cross-entropy at the masked
-positions, averaged over that text's own masked positions. f_θ is the Transformer encoder, g_φ the
-language-model head.
+Section 3.1, equation 2 and Appendix C of "Self-Distillation for Further Pre-training of
+Transformers" (Lee et al., ICLR 2023). Each token is masked independently with probability γ
+(z_k = 1) and replaced by `<mask>`; the loss of one text is -Σ_k z_k/Z · log p(x_k | x̂) with
+Z = Σ_k z_k: cross-entropy, averaged over that text's own masked positions. f_θ is the Transformer
+encoder, g_φ the language-model head. The model is RoBERTa (Liu et al. 2019), whose
+published weights load into it.
 
-The model is RoBERTa (Liu et al. 2019, arXiv:1907.11692), whose published weights load into it.
-
-    python mlm.py                                                # bundled model, masked words and its guesses
+    python mlm.py  # masked words and the model's guesses
     python mlm.py --dataset scierc --init FacebookAI/roberta-base
 
-Letters of shapes: B batch, K positions (tokens), D width, H heads, V vocabulary, N the real tokens of a
-batch (at most B·K), M the masked ones. Batches of texts are mostly padding (a batch is as wide as its
-longest text), so everything but attention runs on the N real tokens, packed into one [N, D] matrix.
+Letters of shapes: B batch, K positions (tokens), D width, H heads, V vocabulary, N the real tokens
+of a batch (at most B·K), M the masked ones. A batch is as wide as its longest text, so most of it
+is padding: everything but attention runs on the N real tokens, packed into one [N, D] matrix.
 """
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from support import fetch, run, texts
+from support import fetch, run
 from support.fetch import BadInput
 
 RECIPES = ("mask", "80-10-10")
@@ -38,10 +37,10 @@ class Config:
     depth: int = 12
     heads: int = 12
     mlp: int = 3072
-    max_positions: int = 514                                # rows of the position table; the first pad_id + 1 stay unused
+    max_positions: int = 514  # rows of the position table; the first pad_id + 1 stay unused
     pad_id: int = 1
     mask_id: int = 50264
-    special_ids: tuple[int, ...] = (0, 1, 2, 3, 50264)      # <s> <pad> </s> <unk> <mask>: never masked
+    special_ids: tuple[int, ...] = (0, 1, 2, 3, 50264)  # <s> <pad> </s> <unk> <mask>: never masked
     eps: float = 1e-5
     dropout: float = 0.1
 
@@ -56,18 +55,18 @@ class Attention(nn.Module):
 
     def __init__(self, config: Config, dropout: nn.Dropout):
         super().__init__()
-        assert config.width % config.heads == 0, f"{config.width} channels do not split into {config.heads} heads"
+        assert config.width % config.heads == 0, "the heads must share the width equally"
         self.heads, self.dropout = config.heads, dropout
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.out = nn.Linear(config.width, config.width)
 
     def forward(self, x: Tensor, place: Tensor, attention: Tensor) -> Tensor:
         B, K = attention.shape
-        qkv = unpack(self.qkv(x), place, B, K)                                            # [B, K, 3D]
-        q, k, v = qkv.view(B, K, 3, self.heads, -1).permute(2, 0, 3, 1, 4)                # 3 of [B, H, K, D/H]
+        qkv = unpack(self.qkv(x), place, B, K)  # [B, K, 3D]
+        q, k, v = qkv.view(B, K, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # 3 of [B, H, K, D/H]
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=attention[:, None, None],
                                            dropout_p=self.dropout.p if self.training else 0.)
-        x = x.transpose(1, 2).reshape(B * K, -1).index_select(0, place)                   # [N, D]
+        x = x.transpose(1, 2).reshape(B * K, -1).index_select(0, place)  # [N, D]
         return self.out(x)
 
 
@@ -96,31 +95,32 @@ class Encoder(nn.Module):
         self.config = config
         self.word = nn.Embedding(config.vocab_size, config.width)
         self.position = nn.Embedding(config.max_positions, config.width)
-        self.token_type = nn.Parameter(torch.zeros(1, config.width))      # RoBERTa knows one type of token
+        self.token_type = nn.Parameter(torch.zeros(1, config.width))  # one type of token
         self.norm = nn.LayerNorm(config.width, config.eps)
-        self.dropout = nn.Dropout(config.dropout)                         # one instance everywhere: its p is the model's
+        self.dropout = nn.Dropout(config.dropout)  # one for all layers: its p is the model's
         self.blocks = nn.ModuleList(Block(config, self.dropout) for _ in range(config.depth))
 
-    def forward(self, ids: Tensor, attention: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
-        """Hidden states [B, K, D] of ids [B, K], zero where `attention` [B, K] (default: not padding) is False.
+    def forward(self, ids: Tensor, attention: Tensor | None = None,
+                noise: Tensor | None = None) -> Tensor:
+        """Hidden states [B, K, D] of ids [B, K], zero where `attention` [B, K] is False.
 
-        noise [B, K, D] is added to the word embeddings, which are then constants: R3F (Aghajanyan et al.
-        2021) perturbs them without training them through the perturbed branch.
+        attention defaults to what is not padding. noise [B, K, D] is added to the word embeddings,
+        which are then constants: R3F (Aghajanyan et al. 2021) does not train what it perturbs.
         """
         config, (B, K) = self.config, ids.shape
-        assert K <= config.max_length, f"{K} tokens, but the model takes at most {config.max_length}"
+        assert K <= config.max_length, f"{K} tokens, the model takes at most {config.max_length}"
         real = ids != config.pad_id
         attention = real if attention is None else attention.bool()
-        place = attention.flatten().nonzero().squeeze(1)                                  # [N]
-        order = (real.cumsum(1) * real).flatten()[place]                                  # [N], counts from 1
-        word = self.word(ids.flatten()[place])                                            # [N, D]
+        place = attention.flatten().nonzero().squeeze(1)  # [N]
+        order = (real.cumsum(1) * real).flatten()[place]  # [N], counts from 1
+        word = self.word(ids.flatten()[place])  # [N, D]
         if noise is not None:
-            word = word.detach() + noise.flatten(0, 1)[place]                             # [N, D]
+            word = word.detach() + noise.flatten(0, 1)[place]  # [N, D]
         # RoBERTa's positions start behind the padding id
         x = self.dropout(self.norm(word + self.position(config.pad_id + order) + self.token_type))
         for block in self.blocks:
             x = block(x, place, attention)
-        return unpack(x, place, B, K)                                                     # [B, K, D]
+        return unpack(x, place, B, K)  # [B, K, D]
 
 
 class Head(nn.Module):
@@ -137,8 +137,8 @@ class Head(nn.Module):
 
 
 def unpack(x: Tensor, place: Tensor, B: int, K: int) -> Tensor:
-    """Put the N packed rows of x back to their places in a batch that is zero elsewhere: [B, K, …]."""
-    return x.new_zeros(B * K, x.shape[1]).index_copy(0, place, x).view(B, K, -1)          # [B, K, …]
+    """Put N packed rows back to their places in a batch [B, K, …] that is zero elsewhere."""
+    return x.new_zeros(B * K, x.shape[1]).index_copy(0, place, x).view(B, K, -1)  # [B, K, …]
 
 
 class MLM(nn.Module):
@@ -159,69 +159,71 @@ class MLM(nn.Module):
         nn.init.zeros_(self.encoder.word.weight[config.pad_id].detach())
 
     def draw_mask(self, ids: Tensor, prob: float, generator: torch.Generator) -> Tensor:
-        """z ~ Bernoulli(γ) for each position, Bool [B, K] for ids [B, K], True = masked; special tokens never."""
-        z = torch.rand(ids.shape, generator=generator) < prob                             # [B, K]
-        return z.to(ids.device) & ~torch.isin(ids, ids.new_tensor(self.encoder.config.special_ids))
+        """z ~ Bernoulli(γ), Bool [B, K] for ids [B, K], True = masked; special tokens never are."""
+        z = torch.rand(ids.shape, generator=generator) < prob  # [B, K]
+        return z.to(ids.device) & ~torch.isin(ids, ids.new_tensor(self.config.special_ids))
 
     def logits(self, ids: Tensor, attention: Tensor | None = None) -> Tensor:
         """Scores [B, K, V] for ids [B, K], zero at padding."""
-        attention = ids != self.encoder.config.pad_id if attention is None else attention.bool()
-        x = self.encoder(ids, attention)                                                  # [B, K, D]
-        place = attention.flatten().nonzero().squeeze(1)                                  # [N]
-        scores = self.head(x.flatten(0, 1).index_select(0, place), self.encoder.word.weight)   # [N, V]
-        return unpack(scores, place, *ids.shape)                                          # [B, K, V]
+        attention = ids != self.config.pad_id if attention is None else attention.bool()
+        x = self.encoder(ids, attention)  # [B, K, D]
+        place = attention.flatten().nonzero().squeeze(1)  # [N]
+        x = x.flatten(0, 1).index_select(0, place)  # [N, D]
+        scores = self.head(x, self.encoder.word.weight)  # [N, V]
+        return unpack(scores, place, *ids.shape)  # [B, K, V]
 
     def loss(self, ids: Tensor, mask: Tensor, attention: Tensor | None = None,
              corrupted: Tensor | None = None) -> Tensor:
-        """Line 10 of Algorithm 1 for each text, [B]: -Σ_k z_k/Z · log p(x_k | x̂), 0 where nothing is masked.
+        """Line 10 of Algorithm 1, [B]: -Σ_k z_k/Z · log p(x_k | x̂), 0 where nothing is masked.
 
-        ids [B, K] are the words to predict, mask [B, K] is z, corrupted [B, K] is x̂ (default: `<mask>`
-        wherever z = 1).
+        ids [B, K] are the words to predict, mask [B, K] is z, corrupted [B, K] is x̂ (default:
+        `<mask>` wherever z = 1).
         """
-        config = self.encoder.config
-        x_hat = ids.masked_fill(mask, config.mask_id) if corrupted is None else corrupted
-        attention = ids != config.pad_id if attention is None else attention
-        hidden = self.encoder(x_hat, attention).flatten(0, 1)                             # [B·K, D]
+        x_hat = ids.masked_fill(mask, self.config.mask_id) if corrupted is None else corrupted
+        attention = ids != self.config.pad_id if attention is None else attention
+        hidden = self.encoder(x_hat, attention).flatten(0, 1)  # [B·K, D]
         # only the masked positions go through the head: nobody asks for the other scores
-        masked = hidden.index_select(0, mask.flatten().nonzero().squeeze(1))              # [M, D]
-        scores = self.head(masked, self.encoder.word.weight)                              # [M, V]
-        nll = F.cross_entropy(scores.float(), ids[mask], reduction="none")                # [M]
-        nll = torch.zeros(ids.shape, device=ids.device).masked_scatter(mask, nll)         # [B, K]
-        Z = mask.sum(1)                                                                   # [B]
+        masked = hidden.index_select(0, mask.flatten().nonzero().squeeze(1))  # [M, D]
+        scores = self.head(masked, self.encoder.word.weight)  # [M, V]
+        nll = F.cross_entropy(scores.float(), ids[mask], reduction="none")  # [M]
+        nll = torch.zeros(ids.shape, device=ids.device).masked_scatter(mask, nll)  # [B, K]
+        Z = mask.sum(1)  # [B]
         return nll.sum(1) / Z.clamp(min=1)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **overrides) -> "MLM":
         """The model stored at `source`: RobertaForMaskedLM's tensors (safetensors) or our own.
 
-        `source` is a .safetensors file, a folder, a hub id or "tiny"; overrides replace fields of the
-        configuration, as in `dropout=0.0`. A tokenizer.json in the same folder becomes `.tokenizer`.
-        Raises BadInput for a file that is not wholly understood.
+        `source` is a .safetensors file, a folder, a hub id or "tiny"; overrides replace fields of
+        the configuration, as in `dropout=0.0`. A tokenizer.json in the same folder becomes
+        `.tokenizer`. Raises BadInput for a file that is not wholly understood.
         """
         path = fetch.weights(source, "mlm")
         tensors, stored = fetch.read_weights(path)
         config = read_config(path, tensors, stored, overrides)
-        with torch.device("meta"):                        # no random numbers are drawn for weights to be replaced
+        with torch.device("meta"):  # no random numbers are drawn for weights to be replaced
             model = cls(config)
         wanted = model.state_dict()
         if any(name.startswith("roberta.") for name in tensors):
             refuse_untied(path, tensors)
-            found = fetch.translate(tensors, hub_names(config.depth), wanted, dropped=dropped(tensors))
+            table = hub_names(config.depth)
+            found = fetch.translate(tensors, table, wanted, dropped=dropped(tensors))
         else:
             found = fetch.translate(tensors, {name: name for name in wanted}, wanted)
         model.to_empty(device="cpu").load_state_dict(found)
         beside = path.parent / "tokenizer.json"
         if beside.exists():
             model.tokenizer = Tokenizer.from_file(str(beside))
-            if model.tokenizer.token_to_id("<mask>") != config.mask_id:
-                raise BadInput(f"{beside} is not this model's tokenizer: its <mask> is "
-                               f"{model.tokenizer.token_to_id('<mask>')}, the model's is {config.mask_id}")
+            found_id = model.tokenizer.token_to_id("<mask>")
+            if found_id != config.mask_id:
+                raise BadInput(f"{beside} is not this model's tokenizer: its <mask> is {found_id}, "
+                               f"the model's is {config.mask_id}")
         return model
 
     def save(self, path: str | Path, **lineage: str) -> None:
-        """Write the weights and, as metadata, configuration and lineage; a tokenizer goes beside them."""
+        """Write weights, with configuration and lineage as metadata; the tokenizer goes beside."""
         path = Path(path)
-        config = {"model": "mlm", **asdict(self.encoder.config)}
+        config = {"model": "mlm", **asdict(self.config)}
         fetch.save_weights(self.state_dict(), config, path, **lineage)
         beside = path.with_name("tokenizer.json")
         if self.tokenizer is not None and not beside.exists():
@@ -232,17 +234,17 @@ def corrupt(ids: Tensor, mask: Tensor, recipe: str, generator: torch.Generator,
             config: Config = Config()) -> Tensor:
     """x̂ [B, K] from ids [B, K] and z [B, K]: the paper's "mask" or RoBERTa's "80-10-10".
 
-    "80-10-10" (Devlin et al. 2019) makes 80 % of the masked positions `<mask>`, 10 % a random word and
-    leaves 10 % as they are; all of them are predicted. Raises BadInput for another recipe.
+    "80-10-10" (Devlin et al. 2019) makes 80 % of the masked positions `<mask>`, 10 % a random word
+    and leaves 10 % as they are; all of them are predicted. Raises BadInput for another recipe.
     """
     if recipe not in RECIPES:
-        raise BadInput(f"unknown way to corrupt text {recipe!r}: choose one of {', '.join(RECIPES)}")
+        raise BadInput(f"no recipe {recipe!r} to corrupt text: choose one of {', '.join(RECIPES)}")
     if recipe == "mask":
         return ids.masked_fill(mask, config.mask_id)
     special = sorted(config.special_ids)
-    u = torch.rand(ids.shape, generator=generator).to(ids.device)                         # [B, K]
+    u = torch.rand(ids.shape, generator=generator).to(ids.device)  # [B, K]
     words = torch.randint(config.vocab_size - len(special), ids.shape, generator=generator)
-    for s in special:                                     # step over the special ids
+    for s in special:  # step over the special ids
         words += words >= s
     x_hat = ids.masked_fill(mask & (u < 0.8), config.mask_id)
     return torch.where(mask & (u >= 0.9), words.to(ids.device), x_hat)
@@ -252,7 +254,7 @@ def corrupt(ids: Tensor, mask: Tensor, recipe: str, generator: torch.Generator,
 
 
 def hub_names(depth: int) -> dict[str, str | tuple[str, ...]]:
-    """Our name -> the name in RobertaForMaskedLM; several of theirs are stacked along the first axis."""
+    """Our name -> RobertaForMaskedLM's; several of theirs are stacked along the first axis."""
     table = {"encoder.word.weight": "roberta.embeddings.word_embeddings.weight",
              "encoder.position.weight": "roberta.embeddings.position_embeddings.weight",
              "encoder.token_type": "roberta.embeddings.token_type_embeddings.weight",
@@ -273,21 +275,21 @@ def hub_names(depth: int) -> dict[str, str | tuple[str, ...]]:
     return table
 
 
-# Copies of other tensors that some files carry; a copy that differs would be a model without tied weights.
+# Copies of other tensors that some files carry; one that differs is a model without tied weights.
 TWINS = {"lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
          "lm_head.decoder.bias": "lm_head.bias"}
 
 
 def dropped(tensors: dict[str, Tensor]) -> tuple[str, ...]:
     """Names left out on purpose: copies, the constant 0, 1, 2, …, and the layer of another task."""
-    return tuple(name for name in tensors if name in TWINS or name == "roberta.embeddings.position_ids"
-                 or name.startswith("roberta.pooler."))
+    return tuple(name for name in tensors if name in TWINS or name.startswith("roberta.pooler.")
+                 or name == "roberta.embeddings.position_ids")
 
 
 def refuse_untied(path: Path, tensors: dict[str, Tensor]) -> None:
     for copy, twin in TWINS.items():
         if copy in tensors and twin in tensors and not torch.equal(tensors[copy], tensors[twin]):
-            raise BadInput(f"{path}: {copy} differs from {twin}, but in this model they are one tensor")
+            raise BadInput(f"{path}: {copy} differs from {twin}, but here they are one tensor")
 
 
 # Our field -> the entry of a hub's config.json.
@@ -295,11 +297,11 @@ HUB_FIELDS = {"vocab_size": "vocab_size", "width": "hidden_size", "depth": "num_
               "heads": "num_attention_heads", "mlp": "intermediate_size",
               "max_positions": "max_position_embeddings", "pad_id": "pad_token_id",
               "eps": "layer_norm_eps", "dropout": "hidden_dropout_prob"}
-PUBLISHED_HEADS = {768: 12, 1024: 16}       # width -> heads of the published RoBERTa models
+PUBLISHED_HEADS = {768: 12, 1024: 16}  # by width: roberta-base, roberta-large
 
 
 def read_config(path: Path, tensors: dict[str, Tensor], stored: dict, overrides: dict) -> Config:
-    """The sizes of a stored model: from our own metadata, else a hub's config.json, else the tensors."""
+    """A stored model's sizes: from our own metadata, else a hub's config.json, else the tensors."""
     kind = stored.get("model") or stored.get("model_type", "roberta")
     if kind == "mlm":
         own = stored | {"special_ids": tuple(stored["special_ids"])} | overrides
@@ -308,11 +310,12 @@ def read_config(path: Path, tensors: dict[str, Tensor], stored: dict, overrides:
     word = "roberta.embeddings.word_embeddings.weight"
     if kind != "roberta" or word not in rows:
         image = kind == "mae" or "vit" in kind or any("patch" in name for name in tensors)
-        raise BadInput(f"{path} holds no RoBERTa masked language model (model {kind!r}, tensors such as "
-                       f"{min(tensors, default='none')}{'); this is an image model: use mae.py' if image else ')'}")
+        hint = ": this is an image model, use mae.py" if image else ""
+        raise BadInput(f"{path} holds no RoBERTa masked language model (its kind is {kind!r}, its "
+                       f"first tensor {min(tensors, default='none')}){hint}")
     sizes = {ours: stored[theirs] for ours, theirs in HUB_FIELDS.items() if theirs in stored}
     if not stored:
-        layers = {name.split(".")[3] for name in tensors if name.startswith("roberta.encoder.layer.")}
+        layers = {name.split(".")[3] for name in tensors if ".encoder.layer." in name}
         width = tensors[word].shape[1]
         sizes = {"vocab_size": rows[word], "width": width, "depth": len(layers),
                  "heads": PUBLISHED_HEADS.get(width),
@@ -320,9 +323,9 @@ def read_config(path: Path, tensors: dict[str, Tensor], stored: dict, overrides:
                  "max_positions": rows.get("roberta.embeddings.position_embeddings.weight", 1)}
     sizes |= overrides
     if sizes["heads"] is None:
-        raise BadInput(f"nothing says into how many heads {path} splits its {sizes['width']} channels: put its "
-                       "config.json beside it or call from_pretrained(source, heads=...)")
-    mask_id = sizes["vocab_size"] - 1           # RoBERTa's <mask> is the last entry, <s> <pad> </s> <unk> the first
+        raise BadInput(f"nothing says into how many heads {path} splits {sizes['width']} channels: "
+                       "put its config.json beside it or call from_pretrained(source, heads=...)")
+    mask_id = sizes["vocab_size"] - 1  # the last entry; <s> <pad> </s> <unk> are the first
     return Config(**{"mask_id": mask_id, "special_ids": (0, 1, 2, 3, mask_id)} | sizes)
 
 
@@ -331,19 +334,19 @@ def read_config(path: Path, tensors: dict[str, Tensor], stored: dict, overrides:
 
 def main() -> None:
     """Print masked words of a few texts beside what the model guesses for them."""
-    config = run.parse("mlm", doc=__doc__, groups=("where", "pretrain"))
-    model = MLM.from_pretrained(config.init).eval()
-    sizes, tokenizer = model.encoder.config, model.tokenizer
-    data = texts.load(config.dataset, config.data_dir, tokenizer, sizes.max_length)
-    generator = torch.Generator().manual_seed(config.seed)
-    ids = data.train[torch.randperm(len(data.train), generator=generator)[:4]]            # [B, K]
-    z = model.draw_mask(ids, config.mask_prob, generator)                                 # [B, K]
-    x_hat = corrupt(ids, z, "mask", generator, sizes)                                     # [B, K]
+    config = run.parse("mlm", __doc__)
+    model = run.load_model(MLM, config).eval()
+    data = run.load_data(config, model)
+    config = run.fill(config, model, len(data.train))
+    sizes, tokenizer, generator = model.config, model.tokenizer, run.generator(config.seed, "mlm")
+    ids = data.train[torch.randperm(len(data.train), generator=generator)[:4]]  # [B, K]
+    z = model.draw_mask(ids, config.mask_prob, generator)  # [B, K]
+    x_hat = corrupt(ids, z, "mask", generator, sizes)  # [B, K]
     with torch.no_grad():
-        chance, guess = model.logits(x_hat).softmax(-1).topk(3)                           # 2 of [B, K, 3]
-        loss = model.loss(ids, z)                                                         # [B]
+        chance, guess = model.logits(x_hat).softmax(-1).topk(3)  # 2 of [B, K, 3]
+        loss = model.loss(ids, z)  # [B]
     for b in range(len(ids)):
-        words = x_hat[b, 1:(ids[b] != sizes.pad_id).sum() - 1]                            # without <s> and </s>
+        words = x_hat[b, 1:(ids[b] != sizes.pad_id).sum() - 1]  # without <s> and </s>
         print(f"\n{tokenizer.decode(words.tolist(), skip_special_tokens=False)}")
         for k in z[b].nonzero().flatten().tolist():
             best = ", ".join(f"{tokenizer.decode([t])!r} {p:.0%}" for t, p in
@@ -353,4 +356,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run.program(main)

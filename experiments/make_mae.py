@@ -23,7 +23,7 @@ TINY = mae.Config(image_size=40, patch_size=8, width=128, depth=4, heads=4, mlp=
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=10000)
+    parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--images", type=int, default=40000, help="pictures drawn, each seen many times")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1.5e-3)
@@ -33,7 +33,10 @@ def main() -> None:
     pixels = images.unlabelled_birds(args.images, np.random.default_rng(args.seed))
     held_out = images.normalise(images.unlabelled_birds(1000, np.random.default_rng(args.seed + 1)))
     model = mae.MAE(TINY, run.generator(args.seed, "init"))
-    optimiser = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.05},
+              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]  # or LayerNorms shrink
+    optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     warmup, start, lately = args.steps // 20, time.time(), []
     for step in range(args.steps):
         draws = run.generator(args.seed, "draw", step)

@@ -403,7 +403,7 @@ class Run:
             if changed:
                 raise fetch.BadInput(f"{folder} holds a run with other settings ({'; '.join(changed)}): "
                                      "choose another --out or delete the folder")
-        self.lineage = {"dataset": config.dataset, "init": config.init, "seed": str(config.seed)}
+        self.lineage = {name: str(getattr(config, name)) for name in ("dataset", "init", "seed")}
         depends = {name: settings[name] for name in FURTHER} | facts | {"torch": torch.__version__}
         self.further_key = hashlib.blake2b(json.dumps(depends, sort_keys=True).encode(), digest_size=16).hexdigest()
         write_json({"settings": settings, "command": shlex.join(sys.argv), "python": platform.python_version(),

@@ -1,8 +1,9 @@
 """Texts as one tensor a split: the paper's four sets, the user's own files, and `pydocs`.
 
-A name becomes texts with labels, texts become token ids, and the ids of a whole split lie end to end in
-one int32 tensor (`Texts`). The ids are kept on disk under `cache/`, keyed by everything that they
-depend on, and memory-mapped from there, so a second start neither parses nor tokenises.
+A name becomes texts with labels, texts become token ids, and the ids of a whole split lie end to
+end in one int32 tensor (`Texts`). They are kept on disk under `cache/`, keyed by everything that
+they depend on, and memory-mapped from there, so a second start neither parses nor tokenises.
+Letters: N texts, B a batch of them, K the longest one's tokens.
 """
 import ast
 import hashlib
@@ -22,9 +23,9 @@ from torch import Tensor
 from support import fetch
 from support.fetch import BadInput, Data
 
-OFFICIAL = {"chemprot": "micro_f1", "acl_arc": "macro_f1", "scierc": "macro_f1", "twitter_emotion": "macro_f1"}
-Rows = list[tuple[str, str | None]]         # (text, label); the label is None where the file has none
-Split = tuple[Rows, Rows, list[str], str]   # training rows, test rows, classes, a note
+OFFICIAL = ("chemprot", "acl_arc", "scierc", "twitter_emotion")
+Rows = list[tuple[str, str | None]]  # (text, label); the label is None where a file has none
+Split = tuple[Rows, Rows, list[str], str]  # training rows, test rows, classes, a note
 
 
 class Texts:
@@ -38,20 +39,20 @@ class Texts:
 
     def __getitem__(self, index: Tensor) -> Tensor:
         """Ids [B, K] of the texts at index [B], padded to the longest of them."""
-        index = index.cpu()     # offsets stay on the CPU, where finding the longest stops no device
-        start = self.offsets[index]                                                       # [B]
-        length = self.offsets[index + 1] - start                                          # [B]
-        column = torch.arange(int(length.max()))                                          # [K]
-        padding = (column >= length[:, None]).to(self.ids.device)                         # [B, K]
-        place = (start[:, None] + column).clamp_(max=len(self.ids) - 1)                   # [B, K]
+        index = index.cpu()  # offsets stay on the CPU, where finding the longest stops no device
+        start = self.offsets[index]  # [B]
+        length = self.offsets[index + 1] - start  # [B]
+        column = torch.arange(int(length.max()))  # [K]
+        padding = (column >= length[:, None]).to(self.ids.device)  # [B, K]
+        place = (start[:, None] + column).clamp_(max=len(self.ids) - 1)  # [B, K]
         return self.ids[place.to(self.ids.device)].long().masked_fill_(padding, self.pad_id)
 
     def take(self, index: Tensor) -> "Texts":
         """The texts at index [n] alone, in that order."""
-        length = self.offsets.diff()[index]                                               # [n]
-        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), length.cumsum(0)])        # [n + 1]
-        shift = (self.offsets[index] - offsets[:-1]).repeat_interleave(length)            # [total]
-        place = torch.arange(int(offsets[-1])) + shift                                    # [total]
+        length = self.offsets.diff()[index]  # [n]
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), length.cumsum(0)])  # [n + 1]
+        shift = (self.offsets[index] - offsets[:-1]).repeat_interleave(length)  # [total]
+        place = torch.arange(int(offsets[-1])) + shift  # [total]
         return Texts(self.ids[place.to(self.ids.device)], offsets, self.pad_id, self.truncated)
 
     def to(self, device: str | torch.device) -> "Texts":
@@ -60,33 +61,39 @@ class Texts:
 
 
 def load(name: str, data_dir: str | Path, tokenizer: Tokenizer | None, max_length: int) -> Data:
-    """Train and test texts of a dataset: an official name, "pydocs", a .jsonl file or a folder of them.
+    """Training and test texts of a data set, each `<s> … </s>` of at most max_length tokens.
 
-    Each text becomes `<s> … </s>`, cut to max_length tokens in all. Raises BadInput for files that
-    cannot be used.
+    name is an official one, "pydocs", a .jsonl file or a folder of them. Raises BadInput for files
+    that cannot be used.
     """
     if tokenizer is None:
-        raise BadInput("these weights have no tokenizer.json beside them, and without it no text can be read")
+        raise BadInput("the weights have no tokenizer.json beside them: put it there to read texts")
     files, read = sources(name, data_dir)
     fingerprint = digest(*(part for file in files for part in (file.name, read_bytes(file))))
     # this file's own text is part of the key: a changed reader must not meet an old cache
-    key = digest(fingerprint, tokenizer.to_str(), str(max_length), Path(__file__).read_bytes())
+    key = digest(fingerprint, str(files[0]), tokenizer.to_str(), str(max_length),
+                 Path(__file__).read_bytes())
     path = cache_folder(data_dir) / f"{Path(name).stem}-{key[:16]}.safetensors"
     if not path.exists():
         train, test, classes, note = read(files)
         tensors, truncated = {}, {}
         for split, rows in (("train", train), ("test", test)):
-            ids, offsets, truncated[split] = tokenise([text for text, _ in rows], tokenizer, max_length)
+            words = [text for text, _ in rows]
+            ids, offsets, truncated[split] = tokenise(words, tokenizer, max_length)
             tensors |= {f"{split}.ids": ids, f"{split}.offsets": offsets}
             if classes and rows:
-                tensors[f"{split}.labels"] = label_ids([label for _, label in rows], classes, f"{name} ({split})")
-        fetch.save_weights(tensors, {"classes": classes, "note": note, "truncated": truncated}, path)
+                labels = [label for _, label in rows]
+                tensors[f"{split}.labels"] = label_ids(labels, classes, f"{name} ({split})")
+        stored = {"classes": classes, "note": note, "truncated": truncated}
+        fetch.save_weights(tensors, stored, path)
     tensors, stored = fetch.read_weights(path)
-    train, test = (Texts(tensors[f"{split}.ids"], tensors[f"{split}.offsets"], tokenizer.token_to_id("<pad>"),
+    pad_id = tokenizer.token_to_id("<pad>")
+    train, test = (Texts(tensors[f"{split}.ids"], tensors[f"{split}.offsets"], pad_id,
                          stored["truncated"][split]) for split in ("train", "test"))
-    return Data(name=name, train=train, train_labels=tensors.get("train.labels"), test=test if len(test) else None,
-                test_labels=tensors.get("test.labels"), classes=stored["classes"],
-                metric=OFFICIAL.get(name, "macro_f1"), fingerprint=fingerprint, note=stored["note"])
+    return Data(name=name, train=train, train_labels=tensors.get("train.labels"),
+                test=test if len(test) else None, test_labels=tensors.get("test.labels"),
+                classes=stored["classes"], metric="micro_f1" if name == "chemprot" else "macro_f1",
+                fingerprint=fingerprint, note=stored["note"])
 
 
 def sources(name: str, data_dir: str | Path) -> tuple[list[Path], Callable[[list[Path]], Split]]:
@@ -95,36 +102,38 @@ def sources(name: str, data_dir: str | Path) -> tuple[list[Path], Callable[[list
         return [file for modules in PYDOCS.values() for file in module_files(modules)], read_pydocs
     if name not in OFFICIAL:
         path = Path(name)
-        files = [path] if path.is_file() and path.suffix == ".jsonl" else sorted(path.glob("*.jsonl"))
+        files = [path] if path.is_file() else sorted(path.glob("*.jsonl"))
         if len(files) != 1 and not any(file.stem == "train" for file in files):
-            raise BadInput(f"no texts at {name!r}: give {', '.join(OFFICIAL)}, pydocs, a .jsonl file or a folder with "
-                           "train.jsonl and, if you have it, test.jsonl")
+            raise BadInput(f"no texts at {name!r}: give {', '.join(OFFICIAL)}, pydocs, a .jsonl "
+                           "file or a folder with train.jsonl and, if you have it, test.jsonl")
         return files, read_jsonl
     folder = Path(data_dir) / name
     folder = folder if folder.is_dir() else Path(fetch.dataset(name, data_dir))
     if name == "twitter_emotion":
-        parts = [f"{split}_{kind}.txt" for split in ("train", "val", "test") for kind in ("text", "labels")]
+        kinds, splits = ("text", "labels"), ("train", "val", "test")
+        parts = [f"{split}_{kind}.txt" for split in splits for kind in kinds]
         return [folder / part for part in (*parts, "mapping.txt")], read_tweets
     return [folder / f"{split}.jsonl" for split in ("train", "dev", "test")], read_jsonl
 
 
 def tokenise(rows: list[str], tokenizer: Tokenizer, max_length: int) -> tuple[Tensor, Tensor, int]:
     """All texts' ids end to end, their offsets, and how many texts were cut to max_length."""
-    tokenizer = Tokenizer.from_str(tokenizer.to_str())      # a copy: settings of the caller's stay as they are
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())  # a copy: the caller's keeps its settings
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True                  # a text that spells out "<mask>" contains no mask
+    tokenizer.encode_special_tokens = True  # a text that spells out "<mask>" contains no mask
     start, end, room = tokenizer.token_to_id("<s>"), tokenizer.token_to_id("</s>"), max_length - 2
     found = [encoding.ids for encoding in tokenizer.encode_batch(rows, add_special_tokens=False)]
     ids = [i for text in found for i in (start, *text[:room], end)]
-    offsets = torch.tensor([0] + [min(len(text), room) + 2 for text in found]).cumsum(0)          # [N + 1]
+    offsets = torch.tensor([0] + [min(len(text), room) + 2 for text in found]).cumsum(0)  # [N + 1]
     return torch.tensor(ids, dtype=torch.int32), offsets, sum(len(text) > room for text in found)
 
 
 def label_ids(labels: list[str], classes: list[str], where: str) -> Tensor:
     unseen = sorted(set(labels) - set(classes))
     if unseen:
-        raise BadInput(f"{where} has the label {unseen[0]!r}, which no training text has ({', '.join(classes)})")
+        raise BadInput(f"{where} has the label {unseen[0]!r}, which no training text has: "
+                       f"they have {', '.join(classes)}")
     return torch.tensor([classes.index(label) for label in labels])
 
 
@@ -159,7 +168,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Lines of a UTF-8 file. Only a newline ends one: tweets contain the other separators of Unicode."""
+    """Lines of a UTF-8 file; only a newline ends one, as tweets contain Unicode's other breaks."""
     try:
         text = read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -168,7 +177,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def jsonl_rows(path: Path) -> Rows:
-    """(text, label) of every line `{"text": …, "label": …}`; either all lines have a label or none has."""
+    """(text, label) of every line `{"text": …, "label": …}`; all lines have a label or none has."""
     rows = []
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
@@ -177,15 +186,15 @@ def jsonl_rows(path: Path) -> Rows:
             row = json.loads(line)
         except ValueError as error:
             raise BadInput(f"{path}, line {number}: not JSON ({error})") from error
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str) or not row["text"].strip():
+        text, label = (row.get("text"), row.get("label")) if isinstance(row, dict) else (None, None)
+        if not isinstance(text, str) or not text.strip():
             raise BadInput(f'{path}, line {number}: no "text" with words in it')
-        label = row.get("label")
         if not isinstance(label, str | None):
-            raise BadInput(f'{path}, line {number}: "label" is {json.dumps(label)}, but must be a string')
+            raise BadInput(f'{path}, line {number}: "label" is {label!r}, but must be a string')
         if rows and (label is None) != (rows[0][1] is None):
             raise BadInput(f"{path}, line {number}: some lines have a label and some have none")
-        # half a surrogate pair ("\\ud83d" alone, from cut emoji) is legal JSON but no text
-        rows.append((row["text"].encode(errors="replace").decode(), label))
+        # half a surrogate pair ("\ud83d" alone, from cut emoji) is legal JSON but no text
+        rows.append((text.encode(errors="replace").decode(), label))
     if not rows:
         raise BadInput(f"{path} holds no texts")
     return rows
@@ -211,21 +220,21 @@ def read_jsonl(files: list[Path]) -> Split:
 def read_tweets(files: list[Path]) -> Split:
     """TweetEval's emotion set: texts and class numbers line by line, the names in mapping.txt."""
     lines = {file.stem: read_lines(file) for file in files}
-    names = dict(line.split("\t") for line in lines["mapping"])
+    names = {line.partition("\t")[0]: line.partition("\t")[2] for line in lines["mapping"]}
     splits = {}
     for split in ("train", "val", "test"):
         texts, labels = lines[f"{split}_text"], lines[f"{split}_labels"]
         if len(texts) != len(labels) or not set(labels) <= set(names):
-            raise BadInput(f"{files[0].parent}: {split}_text.txt has {len(texts)} lines, {split}_labels.txt {len(labels)}, "
-                           f"which must match and be numbers of mapping.txt ({', '.join(names)})")
+            raise BadInput(f"{files[0].parent}: {split}_labels.txt must have {len(texts)} lines as "
+                           f"{split}_text.txt has, each a number of mapping.txt, not {len(labels)}")
         splits[split] = [(text, names[label]) for text, label in zip(texts, labels, strict=True)]
     note = f"from {files[0].parent}; its {len(splits['val'])} development texts are not used"
     return splits["train"], splits["test"], list(names.values()), note
 
 
 def divide(rows: Rows, share: float) -> tuple[Rows, Rows]:
-    """Two parts by a hash of the text: the same on every machine, equal texts together, every class in the first."""
-    label_of = dict(reversed(rows))                                        # of equal texts the first one's label
+    """Two parts by a hash of the text: equal texts together, every class in the first."""
+    label_of = dict(reversed(rows))  # of equal texts the first one's label
     train = set()
     for wanted in sorted(set(label_of.values())):
         of_class = sorted((text for text, label in label_of.items() if label == wanted), key=digest)
@@ -235,12 +244,13 @@ def divide(rows: Rows, share: float) -> tuple[Rows, Rows]:
 
 # ----------------------------------------------------------------------------- pydocs
 
-# class -> modules: those of Python 3.11 to 3.14 with the most docstrings that no Linux package leaves out
-PYDOCS = {"asyncio": ("asyncio",), "decimal": ("_pydecimal", "fractions", "statistics"), "email": ("email",),
-          "http": ("http", "urllib"), "importlib": ("importlib",), "logging": ("logging",), "mailbox": ("mailbox",),
+# class -> modules: rich in docstrings, in every Python from 3.11 to 3.14, never packaged apart
+PYDOCS = {"asyncio": ("asyncio",), "decimal": ("_pydecimal", "fractions", "statistics"),
+          "email": ("email",), "http": ("http", "urllib"), "importlib": ("importlib",),
+          "logging": ("logging",), "mailbox": ("mailbox",),
           "multiprocessing": ("multiprocessing", "concurrent"), "tarfile": ("tarfile", "zipfile"),
           "unittest": ("unittest",), "xml": ("xml",)}
-SHORTEST = 5                # words
+SHORTEST = 5  # words
 
 
 def stdlib() -> Path:
@@ -252,16 +262,12 @@ def module_files(modules: Iterable[str]) -> list[Path]:
     found = []
     for module in modules:
         file, package = stdlib() / f"{module}.py", stdlib() / module
-        found += [file] if file.exists() else [f for f in sorted(package.rglob("*.py")) if is_no_test(f)]
+        inside = sorted(f for f in package.rglob("*.py") if not {"test", "tests"} & set(f.parts))
+        found += [file] if file.exists() else inside
     if not found:
-        raise BadInput(f"this Python carries no sources of {', '.join(modules)} in {stdlib()}, which pydocs reads: "
-                       "choose another dataset")
+        raise BadInput(f"this Python has no sources of {', '.join(modules)} in {stdlib()}, which "
+                       "pydocs reads: choose another --dataset")
     return found
-
-
-def is_no_test(file: Path) -> bool:
-    parts = file.relative_to(stdlib()).parts
-    return not {"test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages"} & set(parts)
 
 
 def docstrings(file: Path) -> Iterator[str]:
@@ -275,7 +281,7 @@ def read_pydocs(files: list[Path]) -> Split:
     """Docstrings labelled by the package that they come from, without that package's own name."""
     rows = {}
     for label, modules in PYDOCS.items():
-        names = "|".join({part for module in (label, *modules) for part in module.strip("_").split(".")})
+        names = "|".join(sorted({name.strip("_") for name in (label, *modules)}))
         own_name = re.compile(rf"(?<![A-Za-z0-9])(?:{names})(?![A-Za-z0-9])", re.IGNORECASE)
         for text in (text for file in module_files(modules) for text in docstrings(file)):
             text = " ".join(own_name.sub("", text).split())
@@ -283,26 +289,32 @@ def read_pydocs(files: list[Path]) -> Split:
                 rows.setdefault(text, label)
     train, test = divide(list(rows.items()), 0.7)
     version = ".".join(map(str, sys.version_info[:3]))
-    return train, test, sorted(PYDOCS), f"docstrings of Python {version}'s standard library, divided 70 : 30"
+    note = f"docstrings of Python {version}'s standard library, divided 70 : 30"
+    return train, test, sorted(PYDOCS), note
 
 
 def pydocs_other() -> Iterator[str]:
-    """English from the modules that pydocs does not read: long strings and comment blocks, each once, on one line."""
+    """English from the modules that pydocs does not read: long strings and comments, each once."""
     used = {name.strip("_") for label, modules in PYDOCS.items() for name in (label, *modules)}
     seen = set()
     for file in sorted(stdlib().rglob("*.py")):
         parts = file.relative_to(stdlib()).parts
-        if used & set(re.split(r"[._/]", "/".join(parts))) or {"site-packages", "dist-packages"} & set(parts):
+        words = set(re.split(r"[._/]", "/".join(parts)))
+        if used & words or {"site-packages", "dist-packages"} & set(parts):
             continue
         try:
             source = file.read_text(encoding="utf-8")
             nodes = list(ast.walk(ast.parse(source)))
-        except (SyntaxError, ValueError):       # some tests are wrong on purpose
+        except (SyntaxError, ValueError):  # some tests are wrong on purpose
             continue
-        found = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
-        found += [re.sub(r"(?m)^[ \t]*#+", "", block) for block in re.findall(r"(?m)(?:^[ \t]*#.*\n)+", source)]
+        values = [node.value for node in nodes if isinstance(node, ast.Constant)]
+        comments = re.findall(r"(?m)(?:^[ \t]*#.*\n)+", source)
+        found = [value for value in values if isinstance(value, str)]
+        found += [re.sub(r"(?m)^[ \t]*#+", "", comment) for comment in comments]
         for text in (" ".join(text.split()) for text in found):
             letters = sum(c.isascii() and (c.isalpha() or c == " ") for c in text)
-            if len(text.split()) >= 8 and letters > 0.8 * len(text) and text.isprintable() and text not in seen:
+            if text.count(" ") < 7 or letters < 0.8 * len(text) or not text.isprintable():
+                continue  # too short to say anything, or no English
+            if text not in seen:
                 seen.add(text)
                 yield text
