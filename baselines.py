@@ -18,7 +18,6 @@ Shapes: B batch, C classes; a weight is [rows, ...], one row for each output uni
 import math
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -135,7 +134,7 @@ class RecAdam(torch.optim.Optimizer):
             pull = lr * (group["anneal_w"] - task) * group["pretrain_cof"]
             if pull >= 2:  # |1 - pull| >= 1: each step ends farther from θ_init than it began
                 warnings.warn("RecAdam's pull overshoots and may diverge: lower lr or pretrain_cof "
-                              "until their product is below 2")
+                              "until their product is below 2", stacklevel=2)
             theta.addcdiv_(m, scale, value=-size * task)
             theta.sub_(theta - anchor, alpha=pull)
 
@@ -267,11 +266,8 @@ def main() -> None:
 
     config = run.parse("baselines", __doc__)
     model, data, config, this = finetune.prepare("baselines", config)
-    if not (results := this.results()):
-        rows = [this.measured(row, lambda: finetune.fine_tune(
-            model, data, replace(config, method=method), this, row)) for method, row in finetune.ROWS.items()]
-        results = this.finish(data, rows)
-    this.report(results)
+    rows = {row: (model, method) for method, row in finetune.ROWS.items()}
+    this.report(this.results() or finetune.measure(rows, model, data, config, this))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
 """Fine-tuning: an encoder f_θ with a fresh classification head h_ω, minimising the cross-entropy.
 
-Paper: §3.1 "Problem Statement" (equation 1), §5 (metrics), §5.2 (gap and distance). The head follows
-the released code for images (class token -> linear) and RoBERTa for text (<s> -> dense -> tanh -> linear).
+Paper: §3.1 "Problem Statement" (equation 1), §5 (metrics), §5.2 (gap and distance). The head
+follows the released code for images (class token -> linear) and RoBERTa for text (<s> -> dense ->
+tanh -> linear).
 
     python finetune.py                                            # tiny weights, toybirds
     python finetune.py --method recadam --seed 1
-    python finetune.py --dataset cub --init runs/distill-cub-vit-mae-base-seed0/distilled-1.safetensors
+    python finetune.py --init runs/distill-toybirds-tiny-seed0/distilled-1.safetensors
 
 Letters: B batch, K positions, D width, C classes, N examples.
 """
 import copy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 import torch.nn.functional as F
@@ -33,12 +34,14 @@ def f1(pred: Tensor, target: Tensor, num_classes: int, average: str = "macro") -
     """F1, 0 to 1, of predicted classes Long[N] against Long[N].
 
     "macro": the mean over all `num_classes`, where a class that is neither predicted nor present
-    counts 0; "micro": from the counts of all classes together, the accuracy where each example has one.
+    counts 0; "micro": from the counts of all classes together, which is the accuracy where each
+    example has one class.
     """
     if average not in ("macro", "micro"):
         raise ValueError(f"average is macro or micro, not {average!r}")
     hits = torch.bincount(target[pred == target], minlength=num_classes).double()  # [C]
-    shown = torch.bincount(pred, minlength=num_classes) + torch.bincount(target, minlength=num_classes)  # [C]
+    predicted, present = (torch.bincount(x, minlength=num_classes) for x in (pred, target))  # [C]
+    shown = predicted + present  # [C]
     if average == "micro":
         return (2 * hits.sum() / shown.sum()).item()
     return (2 * hits / shown.clamp(min=1)).mean().item()
@@ -46,7 +49,9 @@ def f1(pred: Tensor, target: Tensor, num_classes: int, average: str = "macro") -
 
 def score(metric: str, pred: Tensor, target: Tensor, num_classes: int) -> float:
     """The data set's own metric: "accuracy", "macro_f1" or "micro_f1"."""
-    return accuracy(pred, target) if metric == "accuracy" else f1(pred, target, num_classes, metric[:5])
+    if metric == "accuracy":
+        return accuracy(pred, target)
+    return f1(pred, target, num_classes, metric[:5])
 
 
 # ----------------------------------------------------------------------------- the classifier
@@ -55,7 +60,8 @@ def score(metric: str, pred: Tensor, target: Tensor, num_classes: int) -> float:
 class Classifier(nn.Module):
     """h_ω ∘ f_θ: the encoder and a head N(0, 0.02) on its first token."""
 
-    def __init__(self, encoder: nn.Module, num_classes: int, generator: torch.Generator | None = None) -> None:
+    def __init__(self, encoder: nn.Module, num_classes: int,
+                 generator: torch.Generator | None = None) -> None:
         super().__init__()
         width = encoder.config.width
         self.encoder = encoder
@@ -76,7 +82,7 @@ class Classifier(nn.Module):
     def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         """Normalised pictures [B, 3, S, S] or token ids [B, K] -> logits [B, C].
 
-        noise (R3F) is added to the pictures, or inside the encoder to the detached word embeddings [B, K, D].
+        noise (R3F) joins the pictures, or in the encoder the detached word embeddings [B, K, D].
         """
         if not self.reads_text:
             hidden = self.encoder(x if noise is None else x + noise)  # [B, 1+K, D]
@@ -110,7 +116,8 @@ def distance(before: nn.Module, after: nn.Module) -> float:
 def make_optimiser(classifier: Classifier, config: run.Config) -> torch.optim.Optimizer:
     """AdamW, or RecAdam with the encoder's present weights as its anchors.
 
-    As released, biases, tokens and positions do not decay, nor for text do LayerNorm's weights.
+    As released for this stage, biases, tokens and positions do not decay but LayerNorms do; for
+    text, where nothing is released, LayerNorms do not either.
     """
     groups = {}
     for name, parameter in classifier.named_parameters():
@@ -128,42 +135,43 @@ def make_optimiser(classifier: Classifier, config: run.Config) -> torch.optim.Op
 
 
 def check_recadam(config: run.Config) -> None:
-    """Refuse a pull towards θ_init that overshoots by more than it corrects: lr × cof ≥ 2.
+    """Refuse a pull towards θ_init that diverges: lr × γ of 2 or more (`BadInput`).
 
     While the task weight λ(t) is small, a step multiplies θ - θ_init by 1 - lr·γ.
     """
-    # the largest pull of the run: the learning rate rises while the pull's weight falls
-    if config.method == "recadam":
-        ramp = max(1.0, config.finetune_warmup * config.finetune_steps)
-        pulls = [config.finetune_lr * min(step / ramp, 1) * config.recadam_cof * (
-            1 - baselines.anneal(step + 1, "sigmoid", config.recadam_k, config.recadam_t0, 1.0))
-            for step in range(config.finetune_steps)]
-        if max(pulls) >= 2:
-            raise fetch.BadInput(
-                f"RecAdam would diverge: learning rate {config.finetune_lr} times --recadam-cof {config.recadam_cof} "
-                f"pulls by {max(pulls):.3g} per step while the task weight is small, and from 2 on every step ends "
-                f"farther from the start; use --recadam-cof {0.5 / config.finetune_lr:.3g}")
+    pull = config.finetune_lr * config.recadam_cof
+    if config.method == "recadam" and pull >= 2:
+        raise fetch.BadInput(
+            f"RecAdam would diverge: learning rate {config.finetune_lr:g} times --recadam-cof "
+            f"{config.recadam_cof:g} is {pull:g}, and from 2 on every step, while the task weighs "
+            "little, ends farther from the initial weights than it began; use --recadam-cof "
+            f"{0.5 / config.finetune_lr:g}")
 
 
 def train(classifier: Classifier, inputs: object, labels: Tensor, config: run.Config, this: run.Run,
           stage: str) -> None:
     """Equation 1, (θ*, ω*) = A(L_CE; θ, D_tr), with A by --method; in place."""
-    where, first = run.device(config), {name: p.detach().clone() for name, p in classifier.encoder.state_dict().items()}
+    where, encoder = run.device(config), classifier.encoder
+    first = {name: p.detach().clone() for name, p in encoder.state_dict().items()}
     optimiser = make_optimiser(classifier, config)
-    pairs = baselines.mars_pairs(classifier.encoder, first) if config.method == "mars" else []
+    pairs = baselines.mars_pairs(encoder, first) if config.method == "mars" else []
+    inputs = run.place(inputs, where)
+    run.compiled(encoder, config)
     classifier.train()
-    for step in this.stage(stage, 0, classifier, optimiser, config.finetune_steps, config.finetune_lr,
-                           config.finetune_warmup, config):
-        index = run.draw_batch(len(inputs), config.finetune_batch_size, config.seed, "labelled order", 0, step)
+    for step in this.stage(stage, 0, classifier, optimiser, config.finetune_steps,
+                           config.finetune_lr, config.finetune_warmup, config):
+        index = run.draw_batch(len(inputs), config.finetune_batch_size, config.seed,
+                               "labelled order", 0, step)
         x, y = run.batch(inputs, index, where), labels[index].to(where)
-        if not classifier.reads_text:  # the released code's only augmentation: a horizontal flip, p = 0.5
+        if not classifier.reads_text:  # the release's only augmentation: a horizontal flip, p = 0.5
             flip = torch.rand(len(x), generator=run.generator(config.seed, "flip", 0, step)) < 0.5
             x = torch.where(flip.to(where)[:, None, None, None], x.flip(3), x)
         with run.autocast(config):
             logits, logged = classifier(x), {}
             if config.method == "r3f":
-                shape = (*x.shape, classifier.encoder.config.width) if classifier.reads_text else x.shape
-                noise = torch.randn(shape, generator=run.generator(config.seed, "noise", 0, step)).to(where)
+                shape = (*x.shape, encoder.config.width) if classifier.reads_text else x.shape
+                draws = run.generator(config.seed, "noise", 0, step)
+                noise = torch.randn(shape, generator=draws).to(where)
                 noised = classifier(x, noise * config.r3f_eps)
                 loss = baselines.r3f_loss(logits, noised, y, config.r3f_weight).mean()
                 logged["kl"] = baselines.symmetric_kl(logits, noised).mean().detach()
@@ -191,16 +199,17 @@ def fine_tune(model: nn.Module, data: fetch.Data, config: run.Config, this: run.
     """
     encoder = copy.deepcopy(model.encoder)
     encoder.dropout.p = config.dropout
-    classifier = Classifier(encoder, len(data.classes), run.generator(config.seed, "head")).to(run.device(config))
+    classifier = Classifier(encoder, len(data.classes), run.generator(config.seed, "head"))
+    classifier.to(run.device(config))
     train(classifier, data.train, data.train_labels, config, this,
           "fine-tuning" if row == "fine-tuning" else f"fine-tuning, {row}")
-    train_logits, test_logits = (predict(classifier, inputs, config) for inputs in (data.train, data.test))
+    train_logits, test_logits = (predict(classifier, x, config) for x in (data.train, data.test))
     train_loss = F.cross_entropy(train_logits, data.train_labels).item()
     test_loss = F.cross_entropy(test_logits, data.test_labels).item()
     if this.folder:
         about = {"model": "classifier", "classes": data.classes, **asdict(model.config)}
-        fetch.save_weights(classifier.state_dict(), about,
-                           this.folder / f"finetuned-{row.replace(' ', '-')}.safetensors", **this.lineage)
+        path = this.folder / f"finetuned-{row.replace(' ', '-')}.safetensors"
+        fetch.save_weights(classifier.state_dict(), about, path, **this.lineage)
     return {"method": row, "seed": config.seed, "metric": data.metric,
             "score": score(data.metric, test_logits.argmax(1), data.test_labels, len(data.classes)),
             "train_loss": train_loss, "test_loss": test_loss, "gap": test_loss - train_loss,
@@ -215,25 +224,28 @@ def prepare(program: str, config: run.Config) -> tuple[nn.Module, fetch.Data, ru
     model = run.load_model(mlm.MLM if config.modality == "text" else mae.MAE, config)
     data = run.load_data(config, model)
     config = run.fill(config, model, len(data.train))
-    check_recadam(config)
-    return model, data, config, run.Run(run.folder(program, config, model, len(data.train)), config,
-                                        data=data.fingerprint, about=data.note, init_weights=run.digest(model))
+    folder = run.folder(program, config, model, len(data.train))
+    check_recadam(config if program != "baselines" else replace(config, method="recadam"))
+    if program != "distill" and (data.train_labels is None or data.test_labels is None):
+        raise fetch.BadInput(f"{config.dataset} has no labels to fine-tune on: distill.py takes it")
+    return model, data, config, run.Run(folder, config, data=data.fingerprint,
+                                        source=data.note, init_weights=run.digest(model))
 
 
-def measure(rows: dict[str, nn.Module], initial: nn.Module, data: fetch.Data, config: run.Config,
-            this: run.Run) -> dict:
-    """Fine-tune every row's model, as --method says, and finish the run; returns results.json."""
-    if data.train_labels is None or data.test_labels is None:
-        print(f"{data.name} has no labels: pre-trained, not fine-tuned")
-        return this.finish(data, [])
-    return this.finish(data, [this.measured(row, lambda: fine_tune(model, data, config, this, row, initial))
-                              for row, model in rows.items()])
+def measure(rows: dict[str, tuple[nn.Module, str]], initial: nn.Module, data: fetch.Data,
+            config: run.Config, this: run.Run) -> dict:
+    """Fine-tune every row's model by its method and finish the run; returns results.json."""
+    return this.finish(data, [
+        this.measured(row, lambda: fine_tune(model, data, replace(config, method=method), this, row,
+                                             initial))
+        for row, (model, method) in rows.items()])
 
 
 def main() -> None:
     config = run.parse("finetune", __doc__)
     model, data, config, this = prepare("finetune", config)
-    this.report(this.results() or measure({ROWS[config.method]: model}, model, data, config, this))
+    rows = {ROWS[config.method]: (model, config.method)}
+    this.report(this.results() or measure(rows, model, data, config, this))
 
 
 if __name__ == "__main__":

@@ -8,10 +8,11 @@ Algorithm 1. References: ViT (Dosovitskiy et al., 2021), MAE (He et al., 2022).
 
 draws original | masked | reconstruction.
 
-Letters: B batch, K patches, L the longest row of visible patches, D width, H heads, P values in a patch.
+Letters: B batch, S side in pixels, K patches, P values in a patch, D width, H heads, N the visible
+tokens of a batch, L the longest row of them.
 
-Appendix C puts a "mask" token wherever z_k = 1 into the encoder. MAE, whose weights the paper starts
-from, removes those patches from the encoder and puts mask tokens into the decoder: so do we.
+Appendix C puts a "mask" token wherever z_k = 1 into the encoder. MAE, whose weights the paper
+starts from, removes those patches from the encoder and puts mask tokens into the decoder: so do we.
 """
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -21,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support import fetch, images, run
+from support import fetch, run
+from support.images import denormalise, grid, normalise, spread
 
 
 @dataclass(frozen=True)
@@ -46,32 +48,35 @@ class Config:
 
 
 def bernoulli_mask(B: int, K: int, prob: float, generator: torch.Generator) -> Tensor:
-    """z ~ p_{γ,K}: Bool[B, K], every position masked (True) on its own with probability γ (§3.1)."""
+    """z ~ p_{γ,K}: Bool[B, K], each position masked (True) on its own with probability γ (§3.1)."""
     return torch.rand(B, K, generator=generator) < prob
 
 
 def fixed_mask(B: int, K: int, prob: float, generator: torch.Generator) -> Tensor:
-    """MAE's exact-count shuffle: Bool[B, K], K - ⌊K(1 - γ)⌋ masked in every row (`--masking fixed`)."""
+    """MAE's exact-count shuffle (`--masking fixed`): Bool[B, K], K - ⌊K(1 - γ)⌋ masked a row."""
     rank = torch.rand(B, K, generator=generator).argsort(1).argsort(1)  # [B, K]
     return rank >= int(K * (1 - prob))
 
 
-# ----------------------------------------------------------------------------- patches and positions
+# ----------------------------------------------------------------------------- patches, positions
 
 
-def patchify(pictures: Tensor, patch_size: int) -> Tensor:
+def patchify(images: Tensor, patch_size: int) -> Tensor:
     """Pictures [B, 3, S, S] as rows of patches [B, K, P], P in (row, column, channel) order."""
-    B, C, height, width = pictures.shape
+    height, width = images.shape[2:]
     if height % patch_size or width % patch_size:
-        raise ValueError(f"pictures of {height} x {width} do not divide into patches of {patch_size}")
-    x = pictures.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))  # [B, 3, rows, p, columns, p]
+        raise ValueError(f"images of {height} x {width} do not divide into patches of "
+                         f"{patch_size}")
+    x = images.unflatten(3, (-1, patch_size))  # [B, 3, height, columns, p]
+    x = x.unflatten(2, (-1, patch_size))  # [B, 3, rows, p, columns, p]
     return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # [B, K, P]
 
 
 def unpatchify(patches: Tensor, height: int, width: int, patch_size: int) -> Tensor:
-    """The way back from [B, K, P] to pictures [B, 3, height, width]."""
+    """The way back from [B, K, P] to images [B, 3, height, width]."""
     grid = (height // patch_size, width // patch_size)
-    x = patches.unflatten(2, (patch_size, patch_size, 3)).unflatten(1, grid)  # [B, rows, columns, p, p, 3]
+    x = patches.unflatten(2, (patch_size, patch_size, 3))  # [B, K, p, p, 3]
+    x = x.unflatten(1, grid)  # [B, rows, columns, p, p, 3]
     return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)  # [B, 3, height, width]
 
 
@@ -88,7 +93,7 @@ def sincos_positions(width: int, side: int) -> Tensor:
 
 
 def resize_positions(table: Tensor, rows: int, columns: int) -> Tensor:
-    """A square table [1, 1+K, D] interpolated to rows x columns patches; the class token's row stays."""
+    """A square table [1, 1+K, D] interpolated to rows x columns; the class token's row stays."""
     side = round((table.shape[1] - 1) ** 0.5)
     if (rows, columns) == (side, side):
         return table
@@ -112,7 +117,8 @@ class Packing(NamedTuple):
     def pad(self, x: Tensor) -> Tensor:
         """[N, D] -> [B, L, D]"""
         B, L = self.allowed.shape[0], self.allowed.shape[3]
-        return x.new_zeros(B * L, x.shape[1]).index_copy(0, self.slots, x).unflatten(0, (B, L))  # [B, L, D]
+        padded = x.new_zeros(B * L, x.shape[1]).index_copy(0, self.slots, x)  # [B·L, D]
+        return padded.unflatten(0, (B, L))  # [B, L, D]
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, L, D] -> [N, D]"""
@@ -123,7 +129,8 @@ def pack_rows(kept: Tensor) -> Packing:
     """The packing of the tokens that kept Bool[B, 1+K] selects, in their order."""
     lengths = kept.sum(1)  # [B]
     L = int(lengths.max())
-    places = torch.arange(len(kept), device=kept.device)[:, None] * L + kept.cumsum(1) - 1  # [B, 1+K]
+    rows = torch.arange(len(kept), device=kept.device)[:, None]  # [B, 1]
+    places = rows * L + kept.cumsum(1) - 1  # [B, 1+K]
     allowed = torch.arange(L, device=kept.device) < lengths[:, None]  # [B, L]
     return Packing(places[kept], allowed[:, None, None])  # [N], [B, 1, 1, L]
 
@@ -141,7 +148,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x)
         if packing:
             qkv = packing.pad(qkv)
-        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, L, D/H]
+        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 3 [B, H, L, D/H]
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=packing.allowed if packing else None)
         x = x.transpose(1, 2).flatten(2)  # [B, L, D]
         return self.out(packing.pack(x) if packing else x)
@@ -176,19 +183,20 @@ class Encoder(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         # fixed while pre-training; `finetune.Classifier` lets them train
         self.positions = nn.Parameter(sincos_positions(config.width, side), requires_grad=False)
-        self.blocks = nn.ModuleList(Block(config.width, config.heads, config.mlp, config.eps, self.dropout)
-                                    for _ in range(config.depth))
+        self.blocks = nn.ModuleList(
+            Block(config.width, config.heads, config.mlp, config.eps, self.dropout)
+            for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, eps=config.eps)
 
-    def forward(self, pictures: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Normalised pictures [B, 3, S, S] -> [B, 1+K, D], class token first.
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Normalised images [B, 3, S, S] -> [B, 1+K, D], class token first.
 
-        Masked patches (mask Bool[B, K]) are taken out before the first layer, and their rows come back
-        as zeros. A picture's result does not depend on the others in its batch.
+        Masked patches (mask Bool[B, K]) are taken out before the first layer, and their rows come
+        back as zeros. A picture's result does not depend on the others in its batch.
         """
-        p, (height, width) = self.config.patch_size, pictures.shape[2:]
+        p, (height, width) = self.config.patch_size, images.shape[2:]
         positions = resize_positions(self.positions, height // p, width // p)  # [1, 1+K, D]
-        x = F.pad(patchify(pictures, p), (0, 0, 1, 0))  # [B, 1+K, P] a row for the class token
+        x = F.pad(patchify(images, p), (0, 0, 1, 0))  # [B, 1+K, P] a row for the class token
         positions = positions.expand(len(x), -1, -1)  # [B, 1+K, D]
         is_cls = (torch.arange(x.shape[1], device=x.device) == 0).expand(len(x), -1)  # [B, 1+K]
         packing = None
@@ -203,7 +211,8 @@ class Encoder(nn.Module):
         x = self.norm(x)
         if mask is None:
             return x
-        return x.new_zeros(*kept.shape, x.shape[1]).masked_scatter(kept[..., None], x)  # [B, 1+K, D]
+        zeros = x.new_zeros(*kept.shape, x.shape[1])
+        return zeros.masked_scatter(kept[..., None], x)  # [B, 1+K, D]
 
 
 class Decoder(nn.Module):
@@ -233,7 +242,7 @@ class Decoder(nn.Module):
 
 
 class MAE(nn.Module):
-    """g_φ ∘ f_θ with its masked auto-encoding loss; Xavier-uniform weights drawn from `generator`."""
+    """g_φ ∘ f_θ with its masked auto-encoding loss; Xavier-uniform weights from `generator`."""
 
     modality = "image"
 
@@ -249,50 +258,53 @@ class MAE(nn.Module):
         for token in (self.encoder.cls_token, self.decoder.mask_token):
             nn.init.normal_(token, std=0.02, generator=generator)
 
-    def draw_mask(self, pictures: Tensor, prob: float, generator: torch.Generator,
+    def draw_mask(self, images: Tensor, prob: float, generator: torch.Generator,
                   draw=bernoulli_mask) -> Tensor:
-        """Lines 7-8: Bool[B, K] for pictures [B, 3, S, S], drawn on the CPU, on the pictures' device."""
-        B, _, height, width = pictures.shape
+        """Lines 7-8: Bool[B, K] for images [B, 3, S, S], drawn on the CPU, then moved to them."""
+        B, _, height, width = images.shape
         K = (height // self.config.patch_size) * (width // self.config.patch_size)
-        return draw(B, K, prob, generator).to(pictures.device)
+        return draw(B, K, prob, generator).to(images.device)
 
-    def reconstruct(self, pictures: Tensor, mask: Tensor) -> Tensor:
-        """g_φ(f_θ(x̂)): predicted patches [B, K, P] from what mask Bool[B, K] leaves of [B, 3, S, S]."""
-        rows, columns = (side // self.config.patch_size for side in pictures.shape[2:])
-        return self.decoder(self.encoder(pictures, mask), mask, rows, columns)
+    def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
+        """g_φ(f_θ(x̂)): patches [B, K, P] predicted from what mask Bool[B, K] leaves of images."""
+        rows, columns = (side // self.config.patch_size for side in images.shape[2:])
+        return self.decoder(self.encoder(images, mask), mask, rows, columns)
 
-    def target(self, pictures: Tensor, norm_pix: bool) -> Tensor:
-        """What is predicted, [B, K, P]: pixels, or pixels normalised by their patch's mean and variance."""
-        patches = patchify(pictures, self.config.patch_size).float()  # [B, K, P]
+    def target(self, images: Tensor, norm_pix: bool) -> Tensor:
+        """What is predicted, [B, K, P]: pixels, raw or with their patch's mean 0 and variance 1."""
+        patches = patchify(images, self.config.patch_size).float()  # [B, K, P]
         if not norm_pix:
             return patches
-        return (patches - patches.mean(2, keepdim=True)) / (patches.var(2, keepdim=True) + 1e-6).sqrt()
+        mean, variance = patches.mean(2, keepdim=True), patches.var(2, keepdim=True)  # [B, K, 1]
+        return (patches - mean) / (variance + 1e-6).sqrt()
 
-    def loss(self, pictures: Tensor, mask: Tensor, norm_pix: bool = True) -> Tensor:
+    def loss(self, images: Tensor, mask: Tensor, norm_pix: bool = True) -> Tensor:
         """Line 10, [B]: ℓ¹_j = Σ_k z_k/Z · ‖x_k - μ_k‖²/P, the masked patches' mean squared error.
 
-        Appendix C's -log p(x_k|x̂) up to its constants. An image with nothing masked (Z = 0) gives 0.
+        Appendix C's -log p(x_k|x̂) up to its constants. An image without a mask (Z = 0) gives 0.
         """
-        error = self.reconstruct(pictures, mask).float() - self.target(pictures, norm_pix)  # [B, K, P]
-        error = error.square().mean(2)  # [B, K]
+        predicted = self.reconstruct(images, mask).float()  # [B, K, P]
+        error = (predicted - self.target(images, norm_pix)).square().mean(2)  # [B, K]
         return (error * mask).sum(1) / mask.sum(1).clamp(min=1)  # [B]
 
     def save(self, path: str | Path, **lineage: str) -> None:
         """Write the weights as safetensors, with their configuration and lineage as metadata."""
-        fetch.save_weights(self.state_dict(), {"model": "mae", **asdict(self.config)}, path, **lineage)
+        described = {"model": "mae", **asdict(self.config)}
+        fetch.save_weights(self.state_dict(), described, path, **lineage)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **sizes: int) -> "MAE":
         """Weights from a .safetensors file, a folder, a hub id or "tiny".
 
-        Reads our own names, Hugging Face's `ViTMAEForPreTraining` and facebookresearch/mae's. `sizes`
-        (fields of `Config`) fill in what neither the file's configuration nor its shapes tell.
-        Raises `BadInput`, listing names and shapes, for whatever does not fit.
+        Reads our own names, Hugging Face's `ViTMAEForPreTraining` and facebookresearch/mae's.
+        `sizes` (fields of `Config`) fill in what neither the file's configuration nor its shapes
+        tell. Raises `BadInput`, listing names and shapes, for whatever does not fit.
         """
         path = fetch.weights(source, "mae")
         tensors, described = fetch.read_weights(path)
         # a convolution over patches is a linear map of their values
-        tensors = {name: t.permute(0, 2, 3, 1).flatten(1) if t.ndim == 4 else t for name, t in tensors.items()}
+        tensors = {name: t.permute(0, 2, 3, 1).flatten(1) if t.ndim == 4 else t
+                   for name, t in tensors.items()}
         if "encoder.cls_token" in tensors:
             table = {name: name for name in tensors}
         else:
@@ -301,8 +313,9 @@ class MAE(nn.Module):
         model = cls(config)
         wanted = model.state_dict()
         if not _has_decoder(tensors):
-            print(f"NOTE: {path} holds an encoder only: the decoder starts FRESH (untrained).", flush=True)
-            wanted = {name: tensor for name, tensor in wanted.items() if name.startswith("encoder.")}
+            print(f"NOTE: {path} holds an encoder only: the decoder starts FRESH (untrained).",
+                  flush=True)
+            wanted = {name: t for name, t in wanted.items() if name.startswith("encoder.")}
         found = fetch.translate(tensors, {ours: table.get(ours, ours) for ours in wanted}, wanted)
         model.load_state_dict(found, strict=len(wanted) == len(model.state_dict()))
         return model
@@ -313,8 +326,8 @@ class MAE(nn.Module):
 # per block: our name -> (Hugging Face's, facebookresearch's); a tuple is stacked
 _BLOCK = {
     "norm1": ("layernorm_before", "norm1"),
-    "attention.qkv": (("attention.attention.query", "attention.attention.key", "attention.attention.value"),
-                      "attn.qkv"),
+    "attention.qkv": (("attention.attention.query", "attention.attention.key",
+                       "attention.attention.value"), "attn.qkv"),
     "attention.out": ("attention.output.dense", "attn.proj"),
     "norm2": ("layernorm_after", "norm2"),
     "fc1": ("intermediate.dense", "mlp.fc1"),
@@ -346,8 +359,9 @@ def _foreign_names(tensors: dict[str, Tensor], path: Path) -> dict[str, str | tu
     elif "cls_token" in tensors:
         theirs, encoder, decoder = 1, "blocks", "decoder_blocks"
     else:
-        raise fetch.BadInput(f"{path} holds no ViT-MAE (its first tensors are {sorted(tensors)[:3]}): "
-                             "pass an image model's weights; text models are mlm.py's")
+        raise fetch.BadInput(
+            f"{path} holds no ViT-MAE (its first tensors are {sorted(tensors)[:3]}): "
+            "pass an image model's weights; text models are mlm.py's")
     table = {}
     for ours, names in _OUTER.items():
         for kind in [""] if ours in _BARE else [".weight", ".bias"]:
@@ -357,7 +371,8 @@ def _foreign_names(tensors: dict[str, Tensor], path: Path) -> dict[str, str | tu
             for ours, names in _BLOCK.items():
                 for kind in (".weight", ".bias"):
                     parts = [names[theirs]] if isinstance(names[theirs], str) else names[theirs]
-                    table[f"{stem}.blocks.{i}.{ours}{kind}"] = tuple(f"{prefix}.{i}.{p}{kind}" for p in parts)
+                    table[f"{stem}.blocks.{i}.{ours}{kind}"] = tuple(
+                        f"{prefix}.{i}.{part}{kind}" for part in parts)
     return table
 
 
@@ -369,14 +384,15 @@ def _depth(tensors: dict[str, Tensor], prefix: str) -> int:
 
 # our field -> the entry of Hugging Face's config.json
 _HUB_FIELDS = {
-    "image_size": "image_size", "patch_size": "patch_size", "width": "hidden_size", "depth": "num_hidden_layers",
-    "heads": "num_attention_heads", "mlp": "intermediate_size", "decoder_width": "decoder_hidden_size",
-    "decoder_depth": "decoder_num_hidden_layers", "decoder_heads": "decoder_num_attention_heads",
-    "decoder_mlp": "decoder_intermediate_size", "eps": "layer_norm_eps", "dropout": "hidden_dropout_prob"}
+    "image_size": "image_size", "patch_size": "patch_size", "width": "hidden_size",
+    "depth": "num_hidden_layers", "heads": "num_attention_heads", "mlp": "intermediate_size",
+    "decoder_width": "decoder_hidden_size", "decoder_depth": "decoder_num_hidden_layers",
+    "decoder_heads": "decoder_num_attention_heads", "decoder_mlp": "decoder_intermediate_size",
+    "eps": "layer_norm_eps", "dropout": "hidden_dropout_prob"}
 
 
 def _sizes(tensors: dict[str, Tensor], table: dict, described: dict, given: dict) -> dict:
-    """Config's fields: the file's own description wins, then what the caller gave, then the shapes."""
+    """Config's fields: the file's own description wins, then what the caller gave, then shapes."""
     if described.get("model") == "mae":  # written by `MAE.save`
         return {field.name: described[field.name] for field in fields(Config)}
 
@@ -394,16 +410,21 @@ def _sizes(tensors: dict[str, Tensor], table: dict, described: dict, given: dict
     patch_size = round((P / 3) ** 0.5)
     sizes = {"width": width, "patch_size": patch_size, "depth": depth("encoder"),
              "image_size": patch_size * round((shape("encoder.positions")[1] - 1) ** 0.5),
-             "mlp": shape("encoder.blocks.0.fc1.bias")[0], "eps": 1e-6 if "cls_token" in tensors else 1e-12}
+             "mlp": shape("encoder.blocks.0.fc1.bias")[0],
+             "eps": 1e-6 if "cls_token" in tensors else 1e-12}
     if _has_decoder(tensors):
-        sizes |= {"decoder_width": shape("decoder.embed.bias")[0], "decoder_depth": depth("decoder"),
+        sizes |= {"decoder_width": shape("decoder.embed.bias")[0],
+                  "decoder_depth": depth("decoder"),
                   "decoder_mlp": shape("decoder.blocks.0.fc1.bias")[0]}
-    sizes |= given | {ours: described[theirs] for ours, theirs in _HUB_FIELDS.items() if theirs in described}
-    for heads, wide, published in (("heads", "width", _HEADS), ("decoder_heads", "decoder_width", _DECODER_HEADS)):
+    sizes |= given | {ours: described[theirs] for ours, theirs in _HUB_FIELDS.items()
+                      if theirs in described}
+    for heads, wide, published in (("heads", "width", _HEADS),
+                                   ("decoder_heads", "decoder_width", _DECODER_HEADS)):
         if heads not in sizes and wide in sizes:
             if sizes[wide] not in published:
-                raise fetch.BadInput(f"nothing says how many heads a {wide} of {sizes[wide]} has: put a config.json "
-                                     f"beside the weights or call MAE.from_pretrained(source, {heads}=...)")
+                raise fetch.BadInput(
+                    f"nothing says how many heads a {wide} of {sizes[wide]} has: put a config.json "
+                    f"beside the weights or call MAE.from_pretrained(source, {heads}=...)")
             sizes[heads] = published[sizes[wide]]
     return sizes
 
@@ -417,34 +438,36 @@ def _has_decoder(tensors: dict[str, Tensor]) -> bool:
 
 @torch.no_grad()
 def pictures(model: MAE, pixels: Tensor, mask: Tensor, norm_pix: bool = True) -> list[list[Tensor]]:
-    """Rows of original | masked | reconstruction, each uint8 [3, S, S], for pixels uint8 [B, 3, S, S].
+    """Rows of original | masked | reconstruction, each uint8 [3, S, S]; pixels: uint8 [B, 3, S, S].
 
-    With norm_pix the prediction has no brightness of its own: each patch borrows the original's mean
-    and variance, so the picture looks better than what the model knows.
+    With norm_pix the prediction has no brightness of its own: each patch borrows the original's
+    mean and variance, so the picture looks better than what the model knows.
     """
     p, (height, width) = model.config.patch_size, pixels.shape[2:]
-    x = images.normalise(pixels)
+    x = normalise(pixels)
     predicted, original = model.reconstruct(x, mask).float(), patchify(x, p)  # [B, K, P]
     if norm_pix:
-        predicted = predicted * (original.var(2, keepdim=True) + 1e-6).sqrt() + original.mean(2, keepdim=True)
+        mean, variance = original.mean(2, keepdim=True), original.var(2, keepdim=True)  # [B, K, 1]
+        predicted = predicted * (variance + 1e-6).sqrt() + mean
     grey = torch.zeros_like(original)
     columns = [original, torch.where(mask[..., None], grey, original),
                torch.where(mask[..., None], predicted, original)]
-    columns = [images.denormalise(unpatchify(patches, height, width, p)) for patches in columns]
+    columns = [denormalise(unpatchify(patches, height, width, p)) for patches in columns]
     return [list(row) for row in zip(*columns)]
 
 
 def main() -> None:
+    """Draw eight test images, what a mask leaves of them, and what the model makes of that."""
     config = run.parse("mae", __doc__)
-    model = run.load_model(config)
+    model = run.load_model(MAE, config)
     data = run.load_data(config, model)
-    pixels = data.test[:: max(1, len(data.test) // 8)][:8]
+    config = run.fill(config, model, len(data.train))
+    folder = run.folder("mae", config, model, len(data.train))
+    pixels = spread(data.train if data.test is None else data.test, 8)
     mask = model.draw_mask(pixels, config.mask_prob, run.generator(config.seed, "mask"))
-    rows = pictures(model.to(config.device), pixels.to(config.device), mask.to(config.device),
-                    config.pixels == "norm")
-    path = run.folder(config) / "reconstructions.png"
-    images.grid(rows, path, ["original", "masked", "reconstruction"])
-    print(f"wrote {path}")
+    rows = pictures(model.eval(), pixels, mask, config.pixels == "norm")
+    grid(rows, folder / "reconstructions.png", ["original", "masked", "reconstruction"])
+    print(f"wrote {folder / 'reconstructions.png'}")
 
 
 if __name__ == "__main__":

@@ -191,16 +191,16 @@ class MLM(nn.Module):
         return nll.sum(1) / Z.clamp(min=1)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, **overrides) -> "MLM":
+    def from_pretrained(cls, source: str | Path, **sizes: int) -> "MLM":
         """The model stored at `source`: RobertaForMaskedLM's tensors (safetensors) or our own.
 
-        `source` is a .safetensors file, a folder, a hub id or "tiny"; overrides replace fields of
-        the configuration, as in `dropout=0.0`. A tokenizer.json in the same folder becomes
-        `.tokenizer`. Raises BadInput for a file that is not wholly understood.
+        `source` is a .safetensors file, a folder, a hub id or "tiny"; `sizes`, fields of Config,
+        fill in what the file's configuration does not say. A tokenizer.json in the same folder
+        becomes `.tokenizer`. Raises BadInput for a file that is not wholly understood.
         """
         path = fetch.weights(source, "mlm")
         tensors, stored = fetch.read_weights(path)
-        config = read_config(path, tensors, stored, overrides)
+        config = read_config(path, tensors, stored, sizes)
         with torch.device("meta"):  # no random numbers are drawn for weights to be replaced
             model = cls(config)
         wanted = model.state_dict()
@@ -300,11 +300,11 @@ HUB_FIELDS = {"vocab_size": "vocab_size", "width": "hidden_size", "depth": "num_
 PUBLISHED_HEADS = {768: 12, 1024: 16}  # by width: roberta-base, roberta-large
 
 
-def read_config(path: Path, tensors: dict[str, Tensor], stored: dict, overrides: dict) -> Config:
+def read_config(path: Path, tensors: dict[str, Tensor], stored: dict, given: dict) -> Config:
     """A stored model's sizes: from our own metadata, else a hub's config.json, else the tensors."""
     kind = stored.get("model") or stored.get("model_type", "roberta")
     if kind == "mlm":
-        own = stored | {"special_ids": tuple(stored["special_ids"])} | overrides
+        own = given | stored | {"special_ids": tuple(stored["special_ids"])}
         return Config(**{name: value for name, value in own.items() if name != "model"})
     rows = {name: tensor.shape[0] for name, tensor in tensors.items() if tensor.ndim}
     word = "roberta.embeddings.word_embeddings.weight"
@@ -321,7 +321,7 @@ def read_config(path: Path, tensors: dict[str, Tensor], stored: dict, overrides:
                  "heads": PUBLISHED_HEADS.get(width),
                  "mlp": rows.get("roberta.encoder.layer.0.intermediate.dense.weight", 1),
                  "max_positions": rows.get("roberta.embeddings.position_embeddings.weight", 1)}
-    sizes |= overrides
+    sizes = given | sizes if stored else sizes | given
     if sizes["heads"] is None:
         raise BadInput(f"nothing says into how many heads {path} splits {sizes['width']} channels: "
                        "put its config.json beside it or call from_pretrained(source, heads=...)")

@@ -1,6 +1,6 @@
-"""Run commands over several seeds and write their mean and deviation to results/<name>.md and .json.
+"""Run commands over several seeds; write their mean and deviation to results/<name>.md and .json.
 
-    python experiments/repeat.py toybirds --seeds 0 1 2 3 4 -- distill.py -- finetune.py --init random
+    python experiments/repeat.py toybirds --seeds 0 1 2 -- distill.py -- finetune.py --init random
 
 Each command after a `--` is one program with its flags, without --seed. A run that has finished
 before is not done again, so an interrupted sweep carries on.
@@ -38,29 +38,33 @@ def cell(values: list[float], digits: int) -> str:
 
 def table(results: dict[str, list[dict]]) -> str:
     """The Markdown table of results: label -> the rows of all seeds."""
-    lines = ["| run | metric | score, % | train loss | test loss | gap | distance | n | every seed's score |",
+    lines = ["| run | metric | score, % | train loss | test loss | gap | distance | n | "
+             "every seed's score |",
              "|---|---|---|---|---|---|---|---|---|"]
     for label, rows in results.items():
         scores = [100 * row["score"] for row in rows]
-        columns = [cell([row[name] for row in rows], 3) for name in ("train_loss", "test_loss", "gap")]
-        lines.append(f"| {label} | {rows[0]['metric'].replace('_', ' ')} | {cell(scores, 2)} | {' | '.join(columns)} | "
-                     f"{cell([row['distance'] for row in rows], 2)} | {len(rows)} | "
-                     f"{', '.join(f'{score:.1f}' for score in scores)} |")
+        columns = [cell([row[name] for row in rows], 3)
+                   for name in ("train_loss", "test_loss", "gap")]
+        lines.append(f"| {label} | {rows[0]['metric'].replace('_', ' ')} | {cell(scores, 2)} | "
+                     f"{' | '.join(columns)} | {cell([row['distance'] for row in rows], 2)} | "
+                     f"{len(rows)} | {', '.join(f'{score:.1f}' for score in scores)} |")
     return "\n".join(lines)
 
 
-def processor() -> str:
-    """The processor's name and how many cores of it this process may use."""
+def machine() -> str:
+    """Processor, versions and date, as they belong beside every figure."""
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), name)
-    return f"{torch.get_num_threads()} cores of {name}"
+    return (f"{torch.get_num_threads()} cores of {name}, torch {torch.__version__}, Python "
+            f"{platform.python_version()}, {datetime.date.today()}")
 
 
 def main() -> None:
     words, commands = split_commands(sys.argv[1:])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="results/<name>.md and results/<name>.json are written")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     args = parser.parse_args(words)
@@ -77,15 +81,16 @@ def main() -> None:
             for row in found["rows"]:
                 label = f"{row['method']} (`{shlex.join([program, *flags])}`)"
                 results.setdefault(label, []).append(row)
-    about = (f"`python experiments/repeat.py {shlex.join(sys.argv[1:])}`\n\n{found['dataset']}: {found['n_train']} "
-             f"training and {found['n_test']} test examples, {found['num_classes']} classes. Mean ± sample standard "
-             f"deviation over seeds {args.seeds}. {processor()}, torch {torch.__version__}, Python "
-             f"{platform.python_version()}, {datetime.date.today()}.")
+    about = (f"`python experiments/repeat.py {shlex.join(sys.argv[1:])}`\n\n{found['dataset']}: "
+             f"{found['n_train']} training and {found['n_test']} test examples, "
+             f"{found['num_classes']} classes. Mean ± sample standard deviation over seeds "
+             f"{args.seeds}. {machine()}.")
     folder = ROOT / "results"
     folder.mkdir(exist_ok=True)
-    (folder / f"{args.name}.md").write_text(f"# {args.name}\n\n{about}\n\n{table(results)}\n", encoding="utf-8")
-    (folder / f"{args.name}.json").write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n",
-                                              encoding="utf-8")
+    page = f"# {args.name}\n\n{about}\n\n{table(results)}\n"
+    (folder / f"{args.name}.md").write_text(page, encoding="utf-8")
+    record = json.dumps({"about": about, "results": results}, indent=1) + "\n"
+    (folder / f"{args.name}.json").write_text(record, encoding="utf-8")
     print(f"\n{table(results)}\n\nwrote results/{args.name}.md")
 
 

@@ -85,7 +85,8 @@ def toybird_species() -> list[Species]:
         base = _random_species(rng)
         family = [base]
         while len(family) < 4:
-            changed = rng.choice(["wing", "head", "belly", "bar", "tail", "tail_shape"], 2, replace=False)
+            changed = rng.choice(["wing", "head", "belly", "bar", "tail", "tail_shape"], 2,
+                                 replace=False)
             sibling = base._replace(**{str(name): _part(rng, str(name)) for name in changed})
             if all(sum(a != b for a, b in zip(sibling, other)) >= 2 for other in family):
                 family.append(sibling)
@@ -106,8 +107,8 @@ def _shade(rng: np.random.Generator, colour: str, light: float) -> tuple[int, ..
     return tuple(int(min(max(255 * c * light, 0), 255)) for c in rgb)
 
 
-def _clutter(rng: np.random.Generator, draw: ImageDraw.ImageDraw, side: int, count: int, light: float,
-             largest: float) -> None:
+def _clutter(rng: np.random.Generator, draw: ImageDraw.ImageDraw, side: int, count: int,
+             light: float, largest: float) -> None:
     for _ in range(count):
         centre, radius = rng.uniform(-0.1, 1.1, 2) * side, rng.uniform(0.03, largest, 2) * side
         kind = rng.integers(3)
@@ -153,15 +154,16 @@ def draw_toybird(rng: np.random.Generator, species: Species | None, side: int = 
     large, light = side * CANVAS, rng.uniform(0.72, 1.15)
     picture = Image.new("RGB", (large, large), _shade(rng, str(rng.choice(COLOURS)), light))
     draw = ImageDraw.Draw(picture)
-    _clutter(rng, draw, large, rng.integers(3, 10), light, 0.16)
+    _clutter(rng, draw, large, rng.integers(2, 7), light, 0.14)
     if species is not None:
-        turn, scale = np.radians(rng.uniform(-35, 35)), rng.uniform(0.75, 1.15) * 0.42 * large
+        turn, scale = np.radians(rng.uniform(-35, 35)), rng.uniform(0.8, 1.2) * 0.5 * large
         axes = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
         mirror = [rng.choice([-1, 1]), 1]
-        centre = (0.5 + rng.uniform(-0.1, 0.1, 2)) * large
+        centre = (0.5 + rng.uniform(-0.08, 0.08, 2)) * large
         shades = {colour: _shade(rng, colour, light) for colour in COLOURS}
         for colour, outline in _bird(rng, species):
-            draw.polygon([tuple(p) for p in outline * mirror @ axes * scale + centre], fill=shades[colour])
+            outline = outline * mirror @ axes * scale + centre
+            draw.polygon([tuple(p) for p in outline], fill=shades[colour])
         _clutter(rng, draw, large, rng.integers(0, 3), light, 0.08)
     else:
         _clutter(rng, draw, large, rng.integers(3, 10), light, 0.3)
@@ -171,20 +173,23 @@ def draw_toybird(rng: np.random.Generator, species: Species | None, side: int = 
 def toybirds(split: str, each: int, side: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
     """`each` labelled pictures of every species: uint8 [N, 3, side, side] and Long[N].
 
-    split "train" or "test" decides the draws; the same call always gives the same pictures.
+    split "train", "test" or "validation" (for choosing settings) decides the draws; the same call
+    always gives the same pictures.
     """
-    rng, kinds = np.random.default_rng({"train": 1, "test": 2}[split]), toybird_species()
+    kinds = toybird_species()
+    rng = np.random.default_rng({"train": 1, "test": 2, "validation": 3}[split])
     labels = [label for label in range(len(kinds)) for _ in range(each)]
     pixels = np.stack([draw_toybird(rng, kinds[label], side) for label in labels])  # [N, S, S, 3]
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)  # [N, 3, S, S]
+    pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()  # [N, 3, S, S]
+    return pixels, torch.tensor(labels)
 
 
 def unlabelled_birds(count: int, rng: np.random.Generator, side: int = 40) -> torch.Tensor:
-    """uint8 [count, 3, side, side]: four in five a bird of a species drawn afresh, never one of the 20."""
+    """uint8 [count, 3, side, side]: nine in ten birds, of species drawn afresh, none of the 20."""
     parts = {species[:7] for species in toybird_species()}
     pictures = []
     while len(pictures) < count:
-        species = _random_species(rng) if rng.random() < 0.8 else None
+        species = _random_species(rng) if rng.random() < 0.9 else None
         if species is None or species[:7] not in parts:
             pictures.append(draw_toybird(rng, species, side))
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()  # [count, 3, S, S]
@@ -451,6 +456,11 @@ def load(name: str, data_dir: str | Path, side: int) -> Data:
 
 
 # ----------------------------------------------------------------------------- contact sheets
+
+
+def spread(pixels: torch.Tensor, count: int) -> torch.Tensor:
+    """A few pictures [count, 3, S, S] from all over a split, which may be sorted by class."""
+    return pixels[torch.linspace(0, len(pixels) - 1, count).long()]
 
 
 def grid(rows: list[list[torch.Tensor | np.ndarray]], path: str | Path, titles: list[str]) -> None:

@@ -1,6 +1,6 @@
-"""A run from flags to results: settings, random numbers, devices, the loop's book-keeping, the folder.
+"""A run from flags to results: settings, random numbers, devices, the loop's book-keeping, folder.
 
-The paper takes all of this for granted. What it does say, its hyper-parameters, stands in `DEFAULTS`.
+The paper takes all of this for granted. What it says, its hyper-parameters, stands in `DEFAULTS`.
 """
 import argparse
 import contextlib
@@ -10,8 +10,8 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -28,8 +28,8 @@ from tqdm import tqdm
 from support import fetch, images, texts
 
 # ----------------------------------------------------------------------------- hyper-parameters
-# (modality, size, stage): the paper's where it says (§5, the authors' code), see the README's table;
-# "tiny" is for the bundled models. `warmup` is a share of the steps, `clip` a gradient norm (0: none).
+# (modality, size, stage): the paper's where it says (§5, their code; see the README's table);
+# "tiny" is for the bundled models. `warmup` is a share of steps, `clip` a gradient norm (0: none).
 
 DEFAULTS = {
     ("image", "base", "pretrain"): dict(
@@ -69,74 +69,100 @@ def _flag(default: object, help: str, programs: str = "", choices: tuple[str, ..
     return field(default=default, metadata={"help": help, "programs": programs, "choices": choices})
 
 
+_TUNE = "distill finetune baselines"  # the programs that fine-tune
+
+
 @dataclass(frozen=True)
 class Config:
-    """Every setting of a run; None means the value in `DEFAULTS` that fits the model (see `fill`)."""
+    """Every setting of a run; None means the value in `DEFAULTS` that fits the model (`fill`)."""
 
-    dataset: str = _flag("toybirds", "data set by name (the README lists them), a folder of images, or a "
-                         ".jsonl file or folder of text")
-    data_dir: str = _flag(os.environ.get("DATA_DIR", "datasets"), "folder that holds the data sets")
-    init: str | None = _flag(None, "initial weights θ_init, φ_init: a .safetensors file, a folder, a hub id, "
-                             "'tiny' (bundled) or 'random'; default: tiny for toybirds and pydocs, else "
-                             f"{HUB['image']} or {HUB['text']} as in the paper")
-    out: str | None = _flag(None, "run folder; default runs/<program>-<dataset>-<init>-…-seed<seed>")
-    seed: int = _flag(0, "seed of every draw: order, masks, initialisation, augmentation, dropout, noise")
-    device: str = _flag("auto", "where to compute; auto takes the GPU if there is one",
-                        choices=("auto", "cpu", "cuda", "mps"))
-    precision: str = _flag("auto", "of the forward pass: fp32 is the paper's; auto is bf16 where a GPU has it. "
-                           "Use fp32 when a loss turns NaN", choices=("auto", "fp32", "bf16"))
-    compile: bool = _flag(False, "compile the model: slower to start, faster per step on a GPU")
-    save_every: str = _flag("1m", "save a checkpoint every so many steps (500) or minutes (5m): less is lost "
-                            "when a run dies, more is written", "distill finetune baselines")
-    smoke: bool = _flag(False, "a few steps on a few examples: shows that everything works, learns nothing")
+    dataset: str = _flag(
+        "toybirds", "data set by name (the README lists them), a folder of images, or a .jsonl "
+        "file or folder of text")
+    data_dir: str | None = _flag(
+        None, "folder that holds the data sets; default $DATA_DIR, else datasets")
+    init: str | None = _flag(
+        None, "initial weights θ_init, φ_init: a .safetensors file, a folder, a hub id, 'tiny' "
+        "(bundled) or 'random'; default: tiny for toybirds and pydocs, else "
+        f"{HUB['image']} or {HUB['text']} as in the paper")
+    out: str | None = _flag(
+        None, "run folder; default runs/<program>-<dataset>-<init>-…-seed<seed>", f"mae {_TUNE}")
+    seed: int = _flag(
+        0, "seed of every draw: order, masks, initialisation, augmentation, dropout, noise")
+    device: str = _flag("auto", "where to compute; auto takes the GPU if there is one", _TUNE,
+                        ("auto", "cpu", "cuda", "mps"))
+    precision: str = _flag(
+        "auto", "of the forward pass: fp32 is the paper's; auto is bf16 where a GPU has it. Use "
+        "fp32 when a loss turns NaN", _TUNE, ("auto", "fp32", "bf16"))
+    compile: bool = _flag(
+        False, "compile the encoder: slower to start, faster per step on a GPU", _TUNE)
+    save_every: str = _flag(
+        "1m", "save a checkpoint every so many steps (500) or minutes (5m): less is lost when a "
+        "run dies, more is written", _TUNE)
+    smoke: bool = _flag(
+        False, "a few steps on a few examples: shows that everything works, learns nothing")
 
-    steps: int | None = _flag(None, "optimiser steps of further pre-training and of each round (paper: 20000 for "
-                              "images, 100 epochs for text); more fits the unlabelled data closer", "distill")
-    batch_size: int | None = _flag(None, "examples a step while pre-training (paper: 64 images, 128 texts); lower "
-                                   "it when memory runs out", "distill")
-    lr: float | None = _flag(None, "learning rate α of pre-training (released code: 1.5e-4 for images); lower it "
-                             "when the loss jumps", "distill")
-    weight_decay: float | None = _flag(None, "of pre-training (released code: 0.01); more pulls the weights to 0",
-                                       "distill")
-    mask_prob: float | None = _flag(None, "mask probability γ (released code: 0.75 for images; 0.15 for text); "
-                                    "more hides more and makes the task harder", "mae mlm distill")
-    rounds: int = _flag(1, "rounds T' of self-distillation (paper: 1); 0 is further pre-training alone", "distill")
-    train_size: int | None = _flag(None, "use only so many training examples, the same number of each class, with "
-                                   "and without labels (Figure 3); default all", "distill finetune baselines")
+    steps: int | None = _flag(
+        None, "optimiser steps of further pre-training and of each round (paper: 20000 for images, "
+        "100 epochs for text); more fits the unlabelled data closer", "distill")
+    batch_size: int | None = _flag(
+        None, "examples a step while pre-training (paper: 64 images, 128 texts); lower it when "
+        "memory runs out", "distill")
+    lr: float | None = _flag(
+        None, "learning rate α of pre-training (released code: 1.5e-4 for images); lower it when "
+        "the loss jumps", "distill")
+    weight_decay: float | None = _flag(
+        None, "of pre-training (released code: 0.01); more pulls the weights to 0", "distill")
+    mask_prob: float | None = _flag(
+        None, "mask probability γ (released code: 0.75 for images; 0.15 for text); more hides more "
+        "and makes the task harder", "mae mlm distill")
+    rounds: int = _flag(
+        1, "rounds T' of self-distillation (paper: 1); 0 is further pre-training alone", "distill")
+    train_size: int | None = _flag(
+        None, "use only so many training examples, the same number of each class, with and without "
+        "labels (Figure 3); default all", _TUNE)
 
-    finetune_steps: int | None = _flag(None, "optimiser steps of fine-tuning (paper: 10000 for images, 10 epochs "
-                                       "for text)", "distill finetune baselines")
-    finetune_batch_size: int | None = _flag(None, "examples a step of fine-tuning (paper: 32)",
-                                            "distill finetune baselines")
-    finetune_lr: float | None = _flag(None, "learning rate of fine-tuning (released code: 1e-4 for images)",
-                                      "distill finetune baselines")
-    method: str = _flag("finetune", "how to fine-tune: plainly or with one of the paper's baselines",
-                        "distill finetune", ("finetune", "recadam", "mars", "r3f"))
-    recadam_cof: float | None = _flag(None, "RecAdam's pull γ towards the pre-trained weights (its default 5000; "
-                                      "tiny models: 0.5 / lr); more pulls harder, and lr times it must stay below 2",
-                                      "distill finetune baselines")
-    recadam_t0: int | None = _flag(None, "step at which RecAdam weighs task and pull alike (its default 250); "
-                                   "later holds longer", "distill finetune baselines")
-    recadam_k: float = _flag(0.5, "how sharply RecAdam turns from pull to task around t0 (its default 0.5)",
-                             "distill finetune baselines")
-    mars_radius: float | None = _flag(None, "MARS: how far, in L1, a row of weights may leave its start; smaller "
-                                      "binds more", "distill finetune baselines")
-    r3f_eps: float = _flag(1e-5, "R3F: standard deviation of the Gaussian noise on the input (its default 1e-5)",
-                           "distill finetune baselines")
-    r3f_weight: float = _flag(1.0, "R3F: weight of the symmetric KL term (its default 1)",
-                              "distill finetune baselines")
+    finetune_steps: int | None = _flag(
+        None, "optimiser steps of fine-tuning (paper: 10000 for images, 10 epochs for text)", _TUNE)
+    finetune_batch_size: int | None = _flag(
+        None, "examples a step of fine-tuning (paper: 32)", _TUNE)
+    finetune_lr: float | None = _flag(
+        None, "learning rate of fine-tuning (released code: 1e-4 for images)", _TUNE)
+    method: str = _flag(
+        "finetune", "how to fine-tune: plainly or with one of the paper's baselines",
+        "distill finetune", ("finetune", "recadam", "mars", "r3f"))
+    recadam_cof: float | None = _flag(
+        None, "RecAdam's pull γ towards the pre-trained weights (its default 5000; tiny models: "
+        "0.5 / lr); more pulls harder, and lr times it must stay below 2", _TUNE)
+    recadam_t0: int | None = _flag(
+        None, "step at which RecAdam weighs task and pull alike (its default 250); later holds "
+        "longer", _TUNE)
+    recadam_k: float = _flag(
+        0.5, "how sharply RecAdam turns from pull to task around t0 (its default 0.5)", _TUNE)
+    mars_radius: float | None = _flag(
+        None, "MARS: how far, in L1, a row of weights may leave its start; smaller binds more",
+        _TUNE)
+    r3f_eps: float = _flag(
+        1e-5, "R3F: standard deviation of the Gaussian noise on the input (its default 1e-5)",
+        _TUNE)
+    r3f_weight: float = _flag(1.0, "R3F: weight of the symmetric KL term (its default 1)", _TUNE)
 
-    match: str = _flag("hidden", "what the distillation term compares: hidden states at all positions (the paper), "
-                       "the class token's alone (released code), predictions, or weights by l2 or MARS (Table 3)",
-                       "distill", ("hidden", "cls", "prediction", "l2", "mars"))
-    masking: str = _flag("bernoulli", "bernoulli: each position on its own (the paper); fixed: MAE's exact count "
-                         "(released code, images); 80-10-10: RoBERTa's recipe (text)", "distill",
-                         ("bernoulli", "fixed", "80-10-10"))
-    pixels: str = _flag("norm", "target of the image loss: pixels normalised within their patch (released code), or "
-                        "raw", "mae distill", ("norm", "raw"))
-    mae_weight: float = _flag(1.0, "weight λ of L_MAE during self-distillation (Table 6; 0 leaves it out)", "distill")
-    as_released: bool = _flag(False, "what the authors' release does where it differs from the paper's text: "
-                              "--match cls --masking fixed", "distill")
+    match: str = _flag(
+        "hidden", "what the distillation term compares: hidden states at all positions (the "
+        "paper), the class token's alone (released code), predictions, or weights by l2 or MARS "
+        "(Table 3)", "distill", ("hidden", "cls", "prediction", "l2", "mars"))
+    masking: str = _flag(
+        "bernoulli", "bernoulli: each position on its own (the paper); fixed: MAE's exact count "
+        "(released code, images); 80-10-10: RoBERTa's recipe (text)",
+        "distill", ("bernoulli", "fixed", "80-10-10"))
+    pixels: str = _flag(
+        "norm", "target of the image loss: pixels normalised within their patch (released code), "
+        "or raw", "mae distill", ("norm", "raw"))
+    mae_weight: float = _flag(
+        1.0, "weight λ of L_MAE during self-distillation (Table 6; 0 leaves it out)", "distill")
+    as_released: bool = _flag(
+        False, "what the authors' release does where it differs from the paper's text: "
+        "--match cls --masking fixed", "distill")
 
     # no flags: in `DEFAULTS` only
     betas: tuple[float, float] | None = None
@@ -156,7 +182,7 @@ class Config:
 
 
 def parse(program: str, doc: str, argv: list[str] | None = None) -> Config:
-    """The settings of a program's command line; a mistake ends it with one sentence and status 2."""
+    """The settings of a program's command line; a mistake ends it in one sentence and status 2."""
     parser = argparse.ArgumentParser(prog=f"{program}.py", description=doc, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for item in fields(Config):
@@ -168,28 +194,48 @@ def parse(program: str, doc: str, argv: list[str] | None = None) -> Config:
         else:
             shown = "" if item.default is None else f" (default {item.default})"
             parser.add_argument(name, type=kind, default=item.default,
-                                choices=item.metadata["choices"] or None, help=item.metadata["help"] + shown)
-    return check(Config(**vars(parser.parse_args(argv))))
+                                choices=item.metadata["choices"] or None,
+                                help=item.metadata["help"] + shown)
+    if program == "mlm":
+        parser.set_defaults(dataset="pydocs")
+    config = check(Config(**vars(parser.parse_args(argv))))
+    if config.modality != {"mae": "image", "mlm": "text"}.get(program, config.modality):
+        other = {"mae": "mlm.py", "mlm": "mae.py"}[program]
+        raise fetch.BadInput(f"--dataset {config.dataset} is {config.modality}: use {other}")
+    return config
 
 
 def check(config: Config) -> Config:
-    """The settings with those filled in that others decide; combinations without sense are `BadInput`."""
+    """The settings with those filled in that others decide; `BadInput` where they make no sense."""
     modality = config.modality
     if config.as_released:
+        if modality == "text":
+            raise fetch.BadInput("--as-released is for images: the authors released no text code")
+        if config.match not in ("hidden", "cls") or config.masking == "80-10-10":
+            raise fetch.BadInput(f"--as-released means --match cls --masking fixed, not --match "
+                                 f"{config.match} --masking {config.masking}: leave some out")
         config = replace(config, match="cls", masking="fixed")
+    if not re.fullmatch(r"[1-9]\d*|\d*\.?\d+m", config.save_every):
+        raise fetch.BadInput(f"--save-every is {config.save_every!r}: give steps (500) or minutes "
+                             "(5m)")
     if config.masking == {"image": "80-10-10", "text": "fixed"}[modality]:
         raise fetch.BadInput(f"--masking {config.masking} is not for {modality}s: use bernoulli or "
                              f"{ {'image': 'fixed', 'text': '80-10-10'}[modality] }")
     if config.mask_prob is not None and not 0 < config.mask_prob < 1:
-        raise fetch.BadInput(f"--mask-prob is {config.mask_prob}, but a mask probability lies between 0 and 1")
+        raise fetch.BadInput(f"--mask-prob is {config.mask_prob}, but a mask probability lies "
+                             "between 0 and 1")
     for name in ("steps", "batch_size", "finetune_steps", "finetune_batch_size", "train_size"):
-        if getattr(config, name) is not None and getattr(config, name) < 1:
-            raise fetch.BadInput(f"--{name.replace('_', '-')} is {getattr(config, name)}: use at least 1")
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise fetch.BadInput(f"--{name.replace('_', '-')} is {value}: use at least 1")
     if config.rounds < 0:
-        raise fetch.BadInput(f"--rounds is {config.rounds}: use 0 (further pre-training alone) or more")
+        raise fetch.BadInput(f"--rounds is {config.rounds}: use 0 (further pre-training alone) "
+                             "or more")
     if config.smoke:
-        config = replace(config, **{name: value for name, value in SMOKE.items() if getattr(config, name) is None})
-    return replace(config, init=config.init or TOYS.get(config.dataset, HUB[modality]))
+        config = replace(config, **{name: value for name, value in SMOKE.items()
+                                    if getattr(config, name) is None})
+    return replace(config, init=config.init or TOYS.get(config.dataset, HUB[modality]),
+                   data_dir=config.data_dir or os.environ.get("DATA_DIR") or "datasets")
 
 
 def fill(config: Config, model: torch.nn.Module, examples: int) -> Config:
@@ -209,16 +255,19 @@ def fill(config: Config, model: torch.nn.Module, examples: int) -> Config:
             if getattr(config, name) is None:
                 new[name] = value
     config = replace(config, **new)
-    # a tiny model's learning rate is too high for RecAdam's own γ: lr·γ = 0.5, and t0 early in a short run
-    return replace(config, recadam_cof=config.recadam_cof or 0.5 / config.finetune_lr,
-                   recadam_t0=config.recadam_t0 or max(1, config.finetune_steps // 40))
+    # a tiny model's learning rate is too high for RecAdam's own γ: lr·γ = 0.5, t0 early in a run
+    if config.recadam_cof is None:
+        config = replace(config, recadam_cof=0.5 / config.finetune_lr)
+    if config.recadam_t0 is None:
+        config = replace(config, recadam_t0=max(1, config.finetune_steps // 40))
+    return config
 
 
 # ----------------------------------------------------------------------------- random numbers
 
 
 def seed_of(*address: object) -> int:
-    """A 63-bit seed for one address, such as (seed, stream, round, step): stateless, so nothing is saved."""
+    """A 63-bit seed for an address such as (seed, stream, round, step): no state is to be saved."""
     digest = hashlib.blake2b("/".join(map(str, address)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -233,12 +282,13 @@ def _epoch(examples: int, seed: int, stream: str, round: int, epoch: int) -> tor
     return torch.randperm(examples, generator=generator(seed, stream, round, epoch))
 
 
-def draw_batch(examples: int, batch_size: int, seed: int, stream: str, round: int, step: int) -> torch.Tensor:
+def draw_batch(examples: int, batch_size: int, seed: int, stream: str, round: int,
+               step: int) -> torch.Tensor:
     """Line 5: the indices Long[B] of a step's mini-batch, shuffled epochs laid end to end."""
-    first, parts = step * batch_size, []
-    while first < (step + 1) * batch_size:
+    first, last, parts = step * batch_size, (step + 1) * batch_size, []
+    while first < last:
         epoch, place = divmod(first, examples)
-        parts.append(_epoch(examples, seed, stream, round, epoch)[place:place + (step + 1) * batch_size - first])
+        parts.append(_epoch(examples, seed, stream, round, epoch)[place:place + last - first])
         first += len(parts[-1])
     return torch.cat(parts)  # [B]
 
@@ -255,16 +305,33 @@ def device(config: Config) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def uses_bf16(config: Config) -> bool:
+    """Whether --precision means bf16 here: where asked for, or by itself where a GPU has it."""
+    auto = config.precision == "auto" and device(config).type == "cuda"
+    return config.precision == "bf16" or (auto and torch.cuda.is_bf16_supported())
+
+
 def autocast(config: Config) -> contextlib.AbstractContextManager:
-    """bf16 matrix products where asked for, or by itself where a GPU has them; float32 otherwise."""
-    where = device(config).type
-    wanted = config.precision == "bf16" or (
-        config.precision == "auto" and where == "cuda" and torch.cuda.is_bf16_supported())
-    return torch.autocast(where, dtype=torch.bfloat16, enabled=wanted)
+    """bf16 matrix products or, as the paper has it, float32 throughout."""
+    return torch.autocast(device(config).type, dtype=torch.bfloat16, enabled=uses_bf16(config))
+
+
+def compiled(module: torch.nn.Module, config: Config) -> None:
+    """Compile a module in place, where --compile asks for it; batches differ in their shapes."""
+    if config.compile:
+        module.compile(dynamic=True)
+
+
+def place(inputs: object, where: torch.device) -> object:
+    """Inputs moved to a GPU if they take at most a quarter of what is free there."""
+    held = inputs.ids if isinstance(inputs, texts.Texts) else inputs
+    if where.type == "cuda" and held.nbytes <= torch.cuda.mem_get_info(where)[0] // 4:
+        return inputs.to(where)
+    return inputs
 
 
 def batch(inputs: object, index: torch.Tensor, where: torch.device) -> torch.Tensor:
-    """Examples as a model takes them: normalised pictures [B, 3, S, S] or token ids [B, K], on the device.
+    """Examples as a model takes them, on the device: normalised pictures [B, 3, S, S], ids [B, K].
 
     inputs: anything that an index Long[B] picks a batch from; uint8 is taken for pixels.
     """
@@ -274,14 +341,14 @@ def batch(inputs: object, index: torch.Tensor, where: torch.device) -> torch.Ten
 
 def clip_gradient(model: torch.nn.Module, most: float) -> torch.Tensor:
     """Scale the gradient to at most a norm of `most` (0: leave it); returns the norm it had."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    moved = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in moved])
     if most:
-        torch.nn.utils.clip_grads_with_norm_([p for p in model.parameters() if p.grad is not None], most, norm)
+        torch.nn.utils.clip_grads_with_norm_(moved, most, norm)
     return norm
 
 
-# ----------------------------------------------------------------------------- models and data by name
+# ----------------------------------------------------------------------------- models, data by name
 
 
 def load_model(kind: type, config: Config) -> torch.nn.Module:
@@ -289,7 +356,7 @@ def load_model(kind: type, config: Config) -> torch.nn.Module:
     if config.init != "random":
         return kind.from_pretrained(config.init)
     usual = TOYS.get(config.dataset, HUB[config.modality])
-    if usual == HUB["image"]:  # its sizes are the defaults; only text needs the file, for its tokenizer
+    if usual == HUB["image"]:  # its sizes are the defaults; text needs the file for its tokenizer
         return kind(generator=generator(config.seed, "init"))
     model = kind.from_pretrained(usual)
     fresh = kind(model.config, generator(config.seed, "init"))
@@ -303,31 +370,39 @@ def load_data(config: Config, model: torch.nn.Module) -> fetch.Data:
     if model.modality == "image":
         data = images.load(config.dataset, config.data_dir, model.config.image_size)
     else:
-        data = texts.load(config.dataset, config.data_dir, model.tokenizer, model.config.max_positions - 2)
+        data = texts.load(config.dataset, config.data_dir, model.tokenizer,
+                          model.config.max_length)
     if config.smoke and data.test is not None:
         few = torch.randperm(len(data.test), generator=generator(config.seed, "smoke"))[:64]
-        data = replace(data, test=data.test[few] if model.modality == "image" else data.test.take(few),
-                       test_labels=None if data.test_labels is None else data.test_labels[few])
+        data = replace(
+            data, test=data.test[few] if model.modality == "image" else data.test.take(few),
+            test_labels=None if data.test_labels is None else data.test_labels[few])
     if config.train_size is None or config.train_size >= len(data.train):
         return data
-    chosen = balanced(data.train_labels, len(data.train), config.train_size, generator(config.seed, "subset"))
-    labels = None if data.train_labels is None else data.train_labels[chosen]
-    return replace(data, train=data.train[chosen] if model.modality == "image" else data.train.take(chosen),
-                   train_labels=labels, fingerprint=f"{data.fingerprint}-{config.train_size}-{config.seed}")
+    chosen = balanced(data.train_labels, len(data.train), config.train_size,
+                      generator(config.seed, "subset"))
+    return replace(
+        data, train=data.train[chosen] if model.modality == "image" else data.train.take(chosen),
+        train_labels=None if data.train_labels is None else data.train_labels[chosen],
+        fingerprint=f"{data.fingerprint}-{config.train_size}-{config.seed}")
 
 
-def balanced(labels: torch.Tensor | None, examples: int, size: int, draws: torch.Generator) -> torch.Tensor:
+def balanced(labels: torch.Tensor | None, examples: int, size: int,
+             draws: torch.Generator) -> torch.Tensor:
     """Indices Long[size] in rising order, as equal a number from every class as there are examples.
 
-    The examples are shuffled, then taken in turn: every class's first, every class's second, and so on.
+    The examples are shuffled, then taken in turn: each class's first, each class's second, and so
+    on.
     """
     shuffled = torch.randperm(examples, generator=draws)
     if labels is None:
         return shuffled[:size].sort().values
-    if size < len(labels.unique()):
-        raise fetch.BadInput(f"--train-size {size} is less than the {len(labels.unique())} classes: use at least one each")
+    classes = labels.unique()
+    if size < len(classes):
+        raise fetch.BadInput(f"--train-size {size} is less than the {len(classes)} classes: "
+                             "use at least one each")
     turn = torch.empty(examples, dtype=torch.long)
-    for label in labels.unique():
+    for label in classes:
         members = shuffled[labels[shuffled] == label]
         turn[members] = torch.arange(len(members))
     # ties (the same turn, different classes) go by the shuffled order
@@ -338,35 +413,36 @@ def balanced(labels: torch.Tensor | None, examples: int, size: int, draws: torch
 
 
 def _short(value: object) -> str:
-    return str(value).rstrip("/\\").replace("\\", "/").split("/")[-1].removesuffix(".safetensors").removesuffix(".jsonl")
+    name = str(value).rstrip("/\\").replace("\\", "/").split("/")[-1]
+    return name.removesuffix(".safetensors").removesuffix(".jsonl")
 
 
-HARMLESS = ("data_dir", "out", "device", "save_every", "compile")  # cannot change what is computed, bar rounding
-
-
+# cannot change what is computed, bar rounding
+HARMLESS = ("data_dir", "out", "device", "save_every", "compile")
 # everything that further pre-training depends on, beside the data and the initial weights
-FURTHER = ("seed", "steps", "batch_size", "lr", "weight_decay", "betas", "warmup", "clip", "mask_prob", "masking",
-           "pixels", "precision")
+FURTHER = ("seed", "steps", "batch_size", "lr", "weight_decay", "betas", "warmup", "clip",
+           "mask_prob", "masking", "pixels", "precision")
 
 
 def folder(program: str, config: Config, model: torch.nn.Module, examples: int) -> Path:
-    """--out, or runs/<program>-<dataset>-<init>[-flag=value for each flag not at its default]-seed<seed>."""
+    """--out, or runs/<program>-<dataset>-<init>[-flag=value where not the default]-seed<seed>."""
     if config.out:
         return Path(config.out)
-    usual = fill(check(Config(dataset=config.dataset, init=config.init)), model, examples)
-    unusual = [f"-{item.name.replace('_', '-')}={getattr(config, item.name)}" for item in fields(Config)
-               if item.name not in (*HARMLESS, "dataset", "init", "seed") and "help" in item.metadata
-               and getattr(config, item.name) != getattr(usual, item.name)]
-    if config.smoke:
-        unusual = ["-smoke=True"]
-    return Path("runs") / f"{program}-{_short(config.dataset)}-{_short(config.init)}{''.join(unusual)}-seed{config.seed}"
+    usual = fill(check(Config(dataset=config.dataset, smoke=config.smoke)), model, examples)
+    flags = [item.name for item in fields(Config) if "help" in item.metadata
+             and item.name not in (*HARMLESS, "dataset", "init", "seed", "smoke")]
+    unusual = [f"-{name.replace('_', '-')}={getattr(config, name)}" for name in flags
+               if getattr(config, name) != getattr(usual, name)] + ["-smoke"] * config.smoke
+    parts = f"{program}-{_short(config.dataset)}-{_short(config.init)}{''.join(unusual)}"
+    return Path("runs") / f"{parts}-seed{config.seed}"
 
 
 def digest(model: torch.nn.Module) -> str:
     """A hash of all of a model's weights."""
     total = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
-        total.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        values = tensor.cpu().contiguous().flatten().view(torch.uint8)
+        total.update(name.encode() + values.numpy().tobytes())
     return total.hexdigest()
 
 
@@ -380,7 +456,8 @@ def write_json(value: object, path: Path) -> None:
 def _revision() -> str:
     try:
         command = ["git", "describe", "--always", "--dirty"]
-        return subprocess.run(command, cwd=fetch.ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, cwd=fetch.ROOT, capture_output=True, text=True,
+                              check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -388,35 +465,43 @@ def _revision() -> str:
 class Run:
     """One run's folder, log, checkpoint and progress; `Run()` keeps nothing and shows nothing."""
 
-    def __init__(self, folder: Path | None = None, config: Config | None = None, **facts: object) -> None:
+    def __init__(self, folder: Path | None = None, config: Config | None = None,
+                 **facts: object) -> None:
         self.folder = folder
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
         settings = {name: list(value) if isinstance(value, tuple) else value
                     for name, value in asdict(config).items()}
-        known = folder / "config.json"
-        if known.exists():
-            before = json.loads(known.read_text(encoding="utf-8"))["settings"]
-            changed = [f"{name} was {before.get(name)}, now {value}" for name, value in settings.items()
-                       if name not in HARMLESS and before.get(name) != value]
-            if changed:
-                raise fetch.BadInput(f"{folder} holds a run with other settings ({'; '.join(changed)}): "
-                                     "choose another --out or delete the folder")
         self.lineage = {name: str(getattr(config, name)) for name in ("dataset", "init", "seed")}
-        depends = {name: settings[name] for name in FURTHER} | facts | {"torch": torch.__version__}
-        self.further_key = hashlib.blake2b(json.dumps(depends, sort_keys=True).encode(), digest_size=16).hexdigest()
-        write_json({"settings": settings, "command": shlex.join(sys.argv), "python": platform.python_version(),
-                    "torch": torch.__version__, "machine": platform.platform(), "device": str(device(config)),
-                    "git": _revision(), **facts}, known)
+        depends = {name: settings[name] for name in FURTHER} | facts | {
+            "torch": torch.__version__, "device": device(config).type, "bf16": uses_bf16(config)}
+        depends = json.dumps(depends, sort_keys=True).encode()
+        self.further_key = hashlib.blake2b(depends, digest_size=16).hexdigest()
+        known = folder / "config.json"
+        if not known.exists():
+            write_json({"settings": settings, "facts": facts, "command": shlex.join(sys.argv),
+                        "python": platform.python_version(), "torch": torch.__version__,
+                        "machine": platform.platform(), "device": str(device(config)),
+                        "git": _revision()}, known)
+            return
+        record = json.loads(known.read_text(encoding="utf-8"))
+        before, now = record["settings"] | record["facts"], settings | facts
+        changed = [f"{name} was {before.get(name)}, now {value}" for name, value in now.items()
+                   if name not in HARMLESS and before.get(name) != value]
+        if changed:
+            raise fetch.BadInput(
+                f"{folder} holds a run with other settings ({'; '.join(changed)}): "
+                "choose another --out or delete the folder")
 
     def results(self) -> dict | None:
         """The finished run's results.json, or None."""
         path = self.folder / "results.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
-    def stage(self, name: str, round: int, model: torch.nn.Module, optimiser: torch.optim.Optimizer, steps: int,
-              lr: float, warmup: float, config: Config) -> Iterator[int]:
+    def stage(self, name: str, round: int, model: torch.nn.Module,
+              optimiser: torch.optim.Optimizer, steps: int, lr: float, warmup: float,
+              config: Config) -> Iterator[int]:
         """Line 4, `while not converge`: yields the steps that are left to do.
 
         Before each it sets the learning rate (linear warm-up, then linear to 0) and dropout's seed;
@@ -427,18 +512,21 @@ class Run:
         every, minutes = config.save_every.rstrip("m"), config.save_every.endswith("m")
         saved = began = time.monotonic()
         # a bar of its own for every stage; few lines where the output is a file
-        with tqdm(total=steps, initial=start, desc=name, disable=self.folder is None, dynamic_ncols=True,
-                  mininterval=0.5 if sys.stderr.isatty() else 20) as self.bar:
+        with tqdm(total=steps, initial=start, desc=name, disable=self.folder is None,
+                  dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 20) as self.bar:
             for step in range(start, steps):
                 self.step = step
                 ramp = warmup * steps
                 share = step / ramp if step < ramp else (steps - step) / (steps - ramp)
                 for group in optimiser.param_groups:
                     group["lr"] = lr * share
-                torch.manual_seed(seed_of(config.seed, "dropout", name, round, step))
+                torch.manual_seed(seed_of(config.seed, "dropout", round, step))
                 yield step
                 self.bar.update()
-                due = time.monotonic() - saved >= 60 * float(every) if minutes else (step + 1) % int(every) == 0
+                if minutes:
+                    due = time.monotonic() - saved >= 60 * float(every)
+                else:
+                    due = (step + 1) % int(every) == 0
                 if self.folder and due and step + 1 < steps:
                     self._save(model, step + 1)
                     saved = time.monotonic()
@@ -451,7 +539,7 @@ class Run:
                 file.write(json.dumps(timing) + "\n")
 
     def log(self, **values: torch.Tensor) -> None:
-        """Note a step's losses, its gradient's norm and so on: the first, the last and about 50 between."""
+        """Note losses, the gradient's norm and so on: first and last step, about 50 between."""
         if self.step % max(1, self.steps // 50) and self.step != self.steps - 1:
             return  # reading a value would make the device wait
         values = {name: float(value) for name, value in values.items()}
@@ -459,18 +547,24 @@ class Run:
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
             raise FloatingPointError(
-                f"{self.name}, step {self.step}: {', '.join(bad)} not finite ({values}); the last checkpoint is kept: "
-                "try a lower learning rate or --precision fp32")
+                f"{self.name}, step {self.step}: {', '.join(bad)} not finite ({values}); the last "
+                "checkpoint is kept: try a lower learning rate or --precision fp32")
         if self.folder:
-            self.bar.set_postfix({name: f"{value:.4g}" for name, value in values.items() if "loss" in name}, refresh=False)
+            losses = {name: f"{value:.4g}" for name, value in values.items() if "loss" in name}
+            self.bar.set_postfix(losses, refresh=False)
             line = {"stage": self.name, "round": self.round, "step": self.step, **values}
             with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
     def _save(self, model: torch.nn.Module, step: int) -> None:
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise FloatingPointError(f"{self.name}, step {step}: a weight is not finite; the last "
+                                     "checkpoint is kept: try a lower learning rate or "
+                                     "--precision fp32")
         tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
         for i, state in self.optimiser.state_dict()["state"].items():
-            tensors |= {f"optimiser.{i}.{name}": torch.as_tensor(value) for name, value in state.items()}
+            tensors |= {f"optimiser.{i}.{name}": torch.as_tensor(value)
+                        for name, value in state.items()}
         fetch.save_weights(tensors, {}, self.folder / "checkpoint.safetensors", stage=self.name,
                            round=str(self.round), step=str(step))
 
@@ -484,7 +578,8 @@ class Run:
                 about = file.metadata()
             if (about["stage"], about["round"]) == (self.name, str(self.round)):
                 start, tensors, state = int(about["step"]), load_file(path), {}
-                model.load_state_dict({name[len("model."):]: tensor for name, tensor in tensors.items()
+                model.load_state_dict({name.removeprefix("model."): tensor
+                                       for name, tensor in tensors.items()
                                        if name.startswith("model.")})
                 for name, tensor in tensors.items():
                     if name.startswith("optimiser."):
@@ -494,14 +589,16 @@ class Run:
         log = self.folder / "log.jsonl"
         if log.exists():  # forget what was logged after the checkpoint: it will be logged again
             lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line]
+            this = (self.name, self.round)
             keep = [line for line in lines if (told := json.loads(line)) and not (
-                (told["stage"], told["round"]) == (self.name, self.round) and told["step"] >= start)]
+                (told["stage"], told["round"]) == this and told["step"] >= start)]
             part = log.with_name("log.jsonl.part")
             part.write_text("".join(line + "\n" for line in keep), encoding="utf-8")
             os.replace(part, log)
         return start
 
-    def kept(self, name: str, like: torch.nn.Module, make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+    def kept(self, name: str, like: torch.nn.Module,
+             make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
         """The model that <name>.safetensors holds, made and saved if it is not there yet.
 
         A further pre-trained model is also taken from a neighbouring run folder, if everything that
@@ -509,19 +606,19 @@ class Run:
         """
         if self.folder is None:
             return make()
-        path, lineage = self.folder / f"{name}.safetensors", self.lineage
+        path, lineage, model = self.folder / f"{name}.safetensors", self.lineage, None
+        if path.exists():
+            return type(like).from_pretrained(path)
         if name == "further":
             lineage = {**lineage, "key": self.further_key}
             for other in sorted(self.folder.parent.glob("*/further.safetensors")):
                 with safe_open(other, framework="pt") as file:
-                    same = (file.metadata() or {}).get("key") == self.further_key
-                if same and not path.exists():
+                    alike = (file.metadata() or {}).get("key") == self.further_key
+                if alike:
                     print(f"further pre-training: taken from {other}, which was made alike")
-                    shutil.copyfile(other, part := path.with_suffix(".part"))
-                    os.replace(part, path)
-        if path.exists():
-            return type(like).from_pretrained(path)
-        model = make()
+                    model = type(like).from_pretrained(other)
+                    break
+        model = model or make()
         model.save(path, **lineage)
         return model
 
@@ -539,7 +636,8 @@ class Run:
     def finish(self, data: fetch.Data, rows: list[dict]) -> dict:
         """Write curves.png and results.json, and drop what only an unfinished run needs."""
         curves(self.folder)
-        results = {"dataset": data.name, "num_classes": len(data.classes), "n_train": len(data.train),
+        results = {"dataset": data.name, "num_classes": len(data.classes),
+                   "n_train": len(data.train),
                    "n_test": 0 if data.test is None else len(data.test), "rows": rows}
         write_json(results, self.folder / "results.json")
         for name in ("checkpoint.safetensors", "rows.json"):
@@ -549,13 +647,16 @@ class Run:
     def report(self, results: dict) -> None:
         """Print the table of a finished run and where its files are."""
         if results["rows"]:
-            print(f"\n{results['dataset']}: {results['n_train']} training and {results['n_test']} test examples, "
-                  f"{results['num_classes']} classes, seed {results['rows'][0]['seed']}\n")
+            print(f"\n{results['dataset']}: {results['n_train']} training and {results['n_test']} "
+                  f"test examples, {results['num_classes']} classes, "
+                  f"seed {results['rows'][0]['seed']}\n")
             metric = {"accuracy": "accuracy %", "macro_f1": "macro F1 %", "micro_f1": "micro F1 %"}
             print(f"{'':24}{metric[results['rows'][0]['metric']]:>12}{'gap':>9}{'distance':>11}")
             for row in results["rows"]:
-                print(f"{row['method']:24}{100 * row['score']:12.2f}{row['gap']:9.3f}{row['distance']:11.2f}")
-            print("\ngap: test loss - training loss; distance: from the initial weights θ_init, ‖θ_init - θ‖")
+                print(f"{row['method']:24}{100 * row['score']:12.2f}{row['gap']:9.3f}"
+                      f"{row['distance']:11.2f}")
+            print("\ngap: test loss - training loss; "
+                  "distance: from the initial weights θ_init, ‖θ_init - θ‖")
         pictures = sorted(path.name for path in self.folder.glob("*.png"))
         print(f"{self.folder}: {', '.join(pictures)}, results.json, log.jsonl")
 
@@ -565,15 +666,19 @@ def curves(folder: Path) -> None:
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    kinds = [kind for kind in ("mae_loss", "distill_loss", "loss") if any(kind in line for line in lines)]
-    figure, axes = plt.subplots(1, len(kinds), figsize=(4.5 * len(kinds), 3.2), squeeze=False, layout="constrained")
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = [json.loads(line) for line in lines]
+    kinds = [kind for kind in ("mae_loss", "distill_loss", "loss")
+             if any(kind in line for line in lines)]
+    figure, axes = plt.subplots(1, len(kinds), figsize=(4.5 * len(kinds), 3.2), squeeze=False,
+                                layout="constrained")
     titles = {"mae_loss": "masked auto-encoding, L1", "distill_loss": "distillation, L2",
               "loss": "fine-tuning, cross-entropy"}
     for axis, kind in zip(axes[0], kinds):
-        for stage, round in dict.fromkeys((line["stage"], line["round"]) for line in lines if kind in line):
-            points = [(line["step"], line[kind]) for line in lines
-                      if (line["stage"], line["round"]) == (stage, round) and kind in line]
+        shown = [line for line in lines if kind in line]
+        for stage, round in dict.fromkeys((line["stage"], line["round"]) for line in shown):
+            points = [(line["step"], line[kind]) for line in shown
+                      if (line["stage"], line["round"]) == (stage, round)]
             axis.plot(*zip(*points), label=f"{stage}, round {round}" if round > 1 else stage)
         axis.set(title=titles[kind], xlabel="step", ylabel="loss")
         axis.legend(fontsize=7)
