@@ -2692,3 +2692,22 @@ def test_bundled_weights_are_small_and_pretrained():
         trained = mae_model.loss(x, mask).mean()
         untrained = mae.MAE(mae_model.config, torch.Generator().manual_seed(0)).loss(x, mask).mean()
     assert trained < 0.5 < 1.0 < untrained  # predicting each patch's mean costs 1 by construction
+
+
+def test_seeds_are_aggregated_as_by_hand(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    repeat = importlib.import_module("repeat")
+    rows = [
+        {"metric": "macro_f1", "score": score, "train_loss": 1.0, "test_loss": 2.0, "gap": 1.0}
+        | {"distance": distance}
+        for score, distance in ((0.5, 3.0), (0.6, 4.0), (0.7, 8.0))
+    ]
+    line = repeat.table({"a row": rows}).splitlines()[2]
+    # deviations with n - 1: of 50, 60, 70 it is 10; of 3, 4, 8 it is √7
+    assert line.startswith("| a row | macro f1 | 60.00 ± 10.00 | 1.000 ± 0.000 | 2.000 ± 0.000 |")
+    assert line.endswith("| 5.00 ± 2.65 | 3 | 50.0, 60.0, 70.0 |")
+    words = ["toybirds", "--seeds", "0", "1", "--", "distill.py", "--", "finetune.py", "--smoke"]
+    assert repeat.split_commands(words) == (
+        ["toybirds", "--seeds", "0", "1"],
+        [["distill.py"], ["finetune.py", "--smoke"]],
+    )

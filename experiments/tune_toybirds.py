@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, help="of fine-tuning")
     args = parser.parse_args()
     model = mae.MAE.from_pretrained("tiny")
-    config = run.Config(finetune_steps=args.steps, finetune_lr=args.lr, device="cpu")
+    config = run.check(run.Config(finetune_steps=args.steps, finetune_lr=args.lr))
     data = run.load_data(config, model)
     pixels, labels = images.toybirds("validation", 50)
     data = replace(data, test=pixels, test_labels=labels)

@@ -40,7 +40,7 @@ DEFAULTS = {
         recadam_cof=5000.0, recadam_t0=250, mars_radius=8.0),
     ("image", "tiny", "pretrain"): dict(
         steps=400, batch_size=64, lr=1e-3, weight_decay=0.01, betas=(0.9, 0.95), warmup=0.0,
-        clip=0.0, mask_prob=0.75),
+        clip=0.0, mask_prob=0.5),
     ("image", "tiny", "finetune"): dict(
         steps=300, batch_size=32, lr=1e-3, weight_decay=0.01, warmup=0.05, clip=1.0, dropout=0.0,
         mars_radius=1.0),
