@@ -28,7 +28,7 @@ from support.run import Config
 # ----------------------------------------------------------------------------- line 10: L_MAE
 
 
-def mask_and_target(model: nn.Module, x: Tensor, config: Config,
+def mask_input(model: nn.Module, x: Tensor, config: Config,
                     draws: torch.Generator) -> tuple[Tensor, dict]:
     """Lines 7-9: a mask z Bool[B, K] for x, and what else the model's loss needs to know."""
     if model.modality == "image":
@@ -64,11 +64,15 @@ def prediction_matching(student: nn.Module, teacher: nn.Module, x: Tensor, mask:
             target = teacher.reconstruct(x, mask)  # [B, K, P]
         return distillation_loss(student.reconstruct(x, mask), target)
     attention = x != student.config.pad_id  # [B, K]
+
+    def log_p(model: nn.Module) -> Tensor:  # [N, V], of the N real tokens
+        hidden = model.encoder(known["corrupted"], attention)[attention]  # [N, D]
+        return model.head(hidden, model.encoder.word.weight).float().log_softmax(1)
+
     with torch.no_grad():
-        target = teacher.logits(known["corrupted"], attention).float().log_softmax(2)  # [B, K, V]
-    log_p = student.logits(known["corrupted"], attention).float().log_softmax(2)  # [B, K, V]
-    kl = F.kl_div(log_p, target, reduction="none", log_target=True).sum(2)  # [B, K]
-    return (kl * attention).sum(1)  # [B]
+        target = log_p(teacher)  # [N, V]
+    kl = F.kl_div(log_p(student), target, reduction="none", log_target=True).sum(1)  # [N]
+    return torch.zeros(x.shape, device=x.device).masked_scatter(attention, kl).sum(1)  # [B]
 
 
 def weight_matching(student: nn.Module, teacher: nn.Module, distance: str) -> Tensor:
@@ -123,7 +127,7 @@ def pretrain(student: nn.Module, teacher: nn.Module | None, inputs: object, conf
         x = run.batch(inputs, index, where)  # 5: {x_j} from D_u
         draws = run.generator(config.seed, "mask", t, step)
         with run.autocast(config):  # 6: for all j, at once
-            mask, known = mask_and_target(student, x, config, draws)  # 7-9: z_j, Z_j, x̂_j
+            mask, known = mask_input(student, x, config, draws)  # 7-9: z_j, Z_j, x̂_j
             l1 = student.loss(x, mask, **known).mean()  # 10, 13: L1 = 1/B Σ_j ℓ¹_j
             l2 = torch.zeros((), device=where)
             if teacher:  # 11, 13: L2 = 1/B Σ_j ℓ²_j
@@ -131,11 +135,11 @@ def pretrain(student: nn.Module, teacher: nn.Module | None, inputs: object, conf
         loss = (config.mae_weight if teacher else 1.0) * l1 + l2
         loss.backward()
         norm = run.clip_gradient(student, config.clip)
-        optimiser.step()  # 14-15: θ follows ∂(L1 + L2)/∂θ; φ follows ∂L1/∂φ, as L2 is without φ
+        optimiser.step()  # 14-15: θ by ∂(L1 + L2)/∂θ; φ by ∂L1/∂φ, as φ is not in line 11's L2
         optimiser.zero_grad()
         losses = {"mae_loss": l1.detach()} | ({"distill_loss": l2.detach()} if teacher else {})
         this.log(**losses, grad_norm=norm)
-    return student
+    return student.eval()
 
 
 def further_pretrain(model: nn.Module, inputs: object, config: Config,
@@ -191,15 +195,15 @@ def main() -> None:
     model, data, config, this = finetune.prepare("distill", config)
     if not (results := this.results()):
         models = self_distill(model, data.train, config, this)
-        further, last = models[0], models[-1]
-        if model.modality == "image":
-            shown = {"initial": model, "further pre-trained": further, "self-distilled": last}
-            draw_reconstructions(shown, data, config, this.folder / "reconstructions.png")
-        rows = {"fine-tuning": model, "further pre-training": further, "self-distillation": last}
+        made = {"further pre-training": models[0], "self-distillation": models[-1]}
         if not config.rounds:
-            del rows["self-distillation"]
-        if data.train_labels is None:
-            print(f"{data.name} has no labels: pre-trained, not fine-tuned")
+            del made["self-distillation"]
+        if model.modality == "image":
+            draw_reconstructions({"initial weights": model, **made}, data, config,
+                                 this.folder / "reconstructions.png")
+        rows = {"fine-tuning": model, **made}
+        if data.train_labels is None or data.test_labels is None:
+            print(f"{data.name} is not labelled in both splits: pre-trained, not fine-tuned")
             rows = {}
         rows = {row: (model, config.method) for row, model in rows.items()}
         results = finetune.measure(rows, model, data, config, this)

@@ -99,7 +99,6 @@ def predict(classifier: Classifier, inputs: object, config: run.Config) -> Tenso
     for index in torch.arange(len(inputs)).split(256):
         with run.autocast(config):
             logits.append(classifier(run.batch(inputs, index, where)).float().cpu())
-    classifier.train()
     return torch.cat(logits)
 
 
@@ -152,9 +151,8 @@ def train(classifier: Classifier, inputs: object, labels: Tensor, config: run.Co
           stage: str) -> None:
     """Equation 1, (θ*, ω*) = A(L_CE; θ, D_tr), with A by --method; in place."""
     where, encoder = run.device(config), classifier.encoder
-    first = {name: p.detach().clone() for name, p in encoder.state_dict().items()}
     optimiser = make_optimiser(classifier, config)
-    pairs = baselines.mars_pairs(encoder, first) if config.method == "mars" else []
+    pairs = baselines.mars_pairs(encoder, encoder.state_dict()) if config.method == "mars" else []
     inputs = run.place(inputs, where)
     run.compiled(encoder, config)
     classifier.train()
@@ -166,7 +164,8 @@ def train(classifier: Classifier, inputs: object, labels: Tensor, config: run.Co
         if not classifier.reads_text:  # the release's only augmentation: a horizontal flip, p = 0.5
             flip = torch.rand(len(x), generator=run.generator(config.seed, "flip", 0, step)) < 0.5
             x = torch.where(flip.to(where)[:, None, None, None], x.flip(3), x)
-        with run.autocast(config):
+        # R3F's noise is smaller than bf16's rounding of the input
+        with run.autocast(replace(config, precision="fp32") if config.method == "r3f" else config):
             logits, logged = classifier(x), {}
             if config.method == "r3f":
                 shape = (*x.shape, encoder.config.width) if classifier.reads_text else x.shape

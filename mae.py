@@ -302,6 +302,9 @@ class MAE(nn.Module):
         """
         path = fetch.weights(source, "mae")
         tensors, described = fetch.read_weights(path)
+        if described.get("model", "mae") != "mae":
+            raise fetch.BadInput(f"{path} holds a model of the kind {described['model']!r}, not a "
+                                 "ViT-MAE: give the weights of a pre-training stage")
         # a convolution over patches is a linear map of their values
         tensors = {name: t.permute(0, 2, 3, 1).flatten(1) if t.ndim == 4 else t
                    for name, t in tensors.items()}
@@ -310,7 +313,8 @@ class MAE(nn.Module):
         else:
             table = _foreign_names(tensors, path)
         config = Config(**_sizes(tensors, table, described, sizes))
-        model = cls(config)
+        # seeded, as an encoder-only file leaves the decoder as drawn here
+        model = cls(config, run.generator(0, "fresh decoder"))
         wanted = model.state_dict()
         if not _has_decoder(tensors):
             print(f"NOTE: {path} holds an encoder only: the decoder starts FRESH (untrained).",
@@ -318,7 +322,7 @@ class MAE(nn.Module):
             wanted = {name: t for name, t in wanted.items() if name.startswith("encoder.")}
         found = fetch.translate(tensors, {ours: table.get(ours, ours) for ours in wanted}, wanted)
         model.load_state_dict(found, strict=len(wanted) == len(model.state_dict()))
-        return model
+        return model.eval()
 
 
 # ----------------------------------------------------------------------------- other people's names

@@ -218,7 +218,7 @@ class MLM(nn.Module):
             if found_id != config.mask_id:
                 raise BadInput(f"{beside} is not this model's tokenizer: its <mask> is {found_id}, "
                                f"the model's is {config.mask_id}")
-        return model
+        return model.eval()
 
     def save(self, path: str | Path, **lineage: str) -> None:
         """Write weights, with configuration and lineage as metadata; the tokenizer goes beside."""
@@ -226,7 +226,7 @@ class MLM(nn.Module):
         config = {"model": "mlm", **asdict(self.config)}
         fetch.save_weights(self.state_dict(), config, path, **lineage)
         beside = path.with_name("tokenizer.json")
-        if self.tokenizer is not None and not beside.exists():
+        if self.tokenizer is not None:
             self.tokenizer.save(str(beside))
 
 

@@ -37,27 +37,27 @@ DEFAULTS = {
         clip=0.0, mask_prob=0.75),
     ("image", "base", "finetune"): dict(
         steps=10_000, batch_size=32, lr=1e-4, weight_decay=0.01, warmup=0.05, clip=1.0, dropout=0.1,
-        recadam_cof=5000.0, recadam_t0=250, mars_radius=8.0),
+        recadam_cof=5000.0, recadam_t0=250, mars_radius=8.0, r3f_eps=1e-5),
     ("image", "tiny", "pretrain"): dict(
         steps=400, batch_size=64, lr=1e-3, weight_decay=0.01, betas=(0.9, 0.95), warmup=0.0,
         clip=0.0, mask_prob=0.5),
     ("image", "tiny", "finetune"): dict(
         steps=300, batch_size=32, lr=1e-3, weight_decay=0.01, warmup=0.05, clip=1.0, dropout=0.0,
-        mars_radius=1.0),
+        mars_radius=1.0, r3f_eps=0.1),
     ("text", "base", "pretrain"): dict(
         epochs=100, batch_size=128, lr=1e-4, weight_decay=0.01, betas=(0.9, 0.999), warmup=0.06,
         clip=1.0, mask_prob=0.15),
     ("text", "base", "finetune"): dict(
         epochs=10, batch_size=32, lr=2e-5, weight_decay=0.01, warmup=0.06, clip=1.0, dropout=0.1,
-        recadam_cof=5000.0, recadam_t0=100, mars_radius=8.0),
+        recadam_cof=5000.0, recadam_t0=100, mars_radius=8.0, r3f_eps=1e-5),
     ("text", "tiny", "pretrain"): dict(
-        epochs=6, batch_size=32, lr=5e-4, weight_decay=0.01, betas=(0.9, 0.999), warmup=0.06,
+        epochs=2, batch_size=32, lr=5e-4, weight_decay=0.01, betas=(0.9, 0.999), warmup=0.06,
         clip=1.0, mask_prob=0.15),
     ("text", "tiny", "finetune"): dict(
-        epochs=3, batch_size=32, lr=5e-4, weight_decay=0.01, warmup=0.06, clip=1.0, dropout=0.1,
-        mars_radius=1.0),
+        epochs=2, batch_size=32, lr=1e-3, weight_decay=0.01, warmup=0.06, clip=1.0, dropout=0.1,
+        mars_radius=1.0, r3f_eps=0.01),
 }
-SMOKE = dict(steps=4, batch_size=8, finetune_steps=4, finetune_batch_size=8, train_size=80)
+SMOKE = dict(steps=4, batch_size=8, finetune_steps=4, finetune_batch_size=8)
 TOYS = {"toybirds": "tiny", "pydocs": "tiny"}
 HUB = {"image": "facebook/vit-mae-base", "text": "FacebookAI/roberta-base"}
 TEXTS = ("chemprot", "acl_arc", "scierc", "twitter_emotion", "pydocs")
@@ -123,11 +123,13 @@ class Config:
         "labels (Figure 3); default all", _TUNE)
 
     finetune_steps: int | None = _flag(
-        None, "optimiser steps of fine-tuning (paper: 10000 for images, 10 epochs for text)", _TUNE)
+        None, "optimiser steps of fine-tuning (paper: 10000 for images, 10 epochs for text); more "
+        "fits the labels closer", _TUNE)
     finetune_batch_size: int | None = _flag(
         None, "examples a step of fine-tuning (paper: 32)", _TUNE)
     finetune_lr: float | None = _flag(
-        None, "learning rate of fine-tuning (released code: 1e-4 for images)", _TUNE)
+        None, "learning rate of fine-tuning (released code: 1e-4 for images); lower it when the "
+        "loss jumps", _TUNE)
     method: str = _flag(
         "finetune", "how to fine-tune: plainly or with one of the paper's baselines",
         "distill finetune", ("finetune", "recadam", "mars", "r3f"))
@@ -138,14 +140,16 @@ class Config:
         None, "step at which RecAdam weighs task and pull alike (its default 250); later holds "
         "longer", _TUNE)
     recadam_k: float = _flag(
-        0.5, "how sharply RecAdam turns from pull to task around t0 (its default 0.5)", _TUNE)
+        0.5, "how sharply RecAdam turns from pull to task around t0 (its default 0.5); less turns "
+        "more gently", _TUNE)
     mars_radius: float | None = _flag(
         None, "MARS: how far, in L1, a row of weights may leave its start; smaller binds more",
         _TUNE)
-    r3f_eps: float = _flag(
-        1e-5, "R3F: standard deviation of the Gaussian noise on the input (its default 1e-5)",
-        _TUNE)
-    r3f_weight: float = _flag(1.0, "R3F: weight of the symmetric KL term (its default 1)", _TUNE)
+    r3f_eps: float | None = _flag(
+        None, "R3F: standard deviation of the Gaussian noise on the input (its default 1e-5; tiny "
+        "models: more, or float32 would not feel it); more asks for a smoother classifier", _TUNE)
+    r3f_weight: float = _flag(
+        1.0, "R3F: weight of the symmetric KL term (its default 1); more smooths more", _TUNE)
 
     match: str = _flag(
         "hidden", "what the distillation term compares: hidden states at all positions (the "
@@ -205,9 +209,8 @@ def parse(program: str, doc: str, argv: list[str] | None = None) -> Config:
     return config
 
 
-def check(config: Config) -> Config:
-    """The settings with those filled in that others decide; `BadInput` where they make no sense."""
-    modality = config.modality
+def _variant(config: Config, modality: str) -> Config:
+    """--as-released spelled out; `BadInput` for a variant that the modality does not have."""
     if config.as_released:
         if modality == "text":
             raise fetch.BadInput("--as-released is for images: the authors released no text code")
@@ -215,12 +218,19 @@ def check(config: Config) -> Config:
             raise fetch.BadInput(f"--as-released means --match cls --masking fixed, not --match "
                                  f"{config.match} --masking {config.masking}: leave some out")
         config = replace(config, match="cls", masking="fixed")
-    if not re.fullmatch(r"[1-9]\d*|\d*\.?\d+m", config.save_every):
-        raise fetch.BadInput(f"--save-every is {config.save_every!r}: give steps (500) or minutes "
-                             "(5m)")
     if config.masking == {"image": "80-10-10", "text": "fixed"}[modality]:
         raise fetch.BadInput(f"--masking {config.masking} is not for {modality}s: use bernoulli or "
                              f"{ {'image': 'fixed', 'text': '80-10-10'}[modality] }")
+    return config
+
+
+def check(config: Config) -> Config:
+    """The settings with those filled in that others decide; `BadInput` where they make no sense."""
+    modality = config.modality
+    config = _variant(config, modality)
+    if not re.fullmatch(r"[1-9]\d*|\d*\.?\d+m", config.save_every):
+        raise fetch.BadInput(f"--save-every is {config.save_every!r}: give steps (500) or minutes "
+                             "(5m)")
     if config.mask_prob is not None and not 0 < config.mask_prob < 1:
         raise fetch.BadInput(f"--mask-prob is {config.mask_prob}, but a mask probability lies "
                              "between 0 and 1")
@@ -228,6 +238,18 @@ def check(config: Config) -> Config:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise fetch.BadInput(f"--{name.replace('_', '-')} is {value}: use at least 1")
+    for name in ("lr", "finetune_lr", "recadam_k"):
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise fetch.BadInput(f"--{name.replace('_', '-')} is {value}: use more than 0")
+    for name in ("weight_decay", "mae_weight", "recadam_cof", "recadam_t0", "mars_radius",
+                 "r3f_eps", "r3f_weight"):
+        value = getattr(config, name)
+        if value is not None and not value >= 0:
+            raise fetch.BadInput(f"--{name.replace('_', '-')} is {value}: use 0 or more")
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(config.device, True):
+        raise fetch.BadInput(f"--device {config.device}: this machine has none; use auto or cpu")
     if config.rounds < 0:
         raise fetch.BadInput(f"--rounds is {config.rounds}: use 0 (further pre-training alone) "
                              "or more")
@@ -243,6 +265,7 @@ def fill(config: Config, model: torch.nn.Module, examples: int) -> Config:
 
     Text's epochs become epochs × ⌈N/B⌉ steps. What is set stays, so filling twice changes nothing.
     """
+    config = _variant(config, model.modality)
     kind = (model.modality, "base" if model.config.width >= 512 else "tiny")
     new = {}
     for stage, prefix in (("pretrain", ""), ("finetune", "finetune_")):
@@ -307,8 +330,9 @@ def device(config: Config) -> torch.device:
 
 def uses_bf16(config: Config) -> bool:
     """Whether --precision means bf16 here: where asked for, or by itself where a GPU has it."""
-    auto = config.precision == "auto" and device(config).type == "cuda"
-    return config.precision == "bf16" or (auto and torch.cuda.is_bf16_supported())
+    if config.precision != "auto" or device(config).type != "cuda":
+        return config.precision == "bf16"
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def autocast(config: Config) -> contextlib.AbstractContextManager:
@@ -336,7 +360,9 @@ def batch(inputs: object, index: torch.Tensor, where: torch.device) -> torch.Ten
     inputs: anything that an index Long[B] picks a batch from; uint8 is taken for pixels.
     """
     x = inputs[index].to(where, non_blocking=True)
-    return images.normalise(x) if x.dtype == torch.uint8 else x
+    if x.dtype == torch.uint8:
+        return images.normalise(x)
+    return x if x.is_floating_point() else x.long()
 
 
 def clip_gradient(model: torch.nn.Module, most: float) -> torch.Tensor:
@@ -372,6 +398,8 @@ def load_data(config: Config, model: torch.nn.Module) -> fetch.Data:
     else:
         data = texts.load(config.dataset, config.data_dir, model.tokenizer,
                           model.config.max_length)
+    if config.smoke and config.train_size is None:
+        config = replace(config, train_size=max(80, len(data.classes)))
     if config.smoke and data.test is not None:
         few = torch.randperm(len(data.test), generator=generator(config.seed, "smoke"))[:64]
         data = replace(
@@ -475,7 +503,9 @@ class Run:
                     for name, value in asdict(config).items()}
         self.lineage = {name: str(getattr(config, name)) for name in ("dataset", "init", "seed")}
         depends = {name: settings[name] for name in FURTHER} | facts | {
-            "torch": torch.__version__, "device": device(config).type, "bf16": uses_bf16(config)}
+            "torch": torch.__version__, "device": device(config).type, "bf16": uses_bf16(config),
+            "code": [fetch.digest(fetch.ROOT / name)
+                     for name in ("mae.py", "mlm.py", "distill.py", "support/run.py")]}
         depends = json.dumps(depends, sort_keys=True).encode()
         self.further_key = hashlib.blake2b(depends, digest_size=16).hexdigest()
         known = folder / "config.json"
@@ -548,7 +578,8 @@ class Run:
         if bad:
             raise FloatingPointError(
                 f"{self.name}, step {self.step}: {', '.join(bad)} not finite ({values}); the last "
-                "checkpoint is kept: try a lower learning rate or --precision fp32")
+                "checkpoint, if any, is kept: try a lower learning rate or --precision fp32 in "
+                "another --out")
         if self.folder:
             losses = {name: f"{value:.4g}" for name, value in values.items() if "loss" in name}
             self.bar.set_postfix(losses, refresh=False)
@@ -559,8 +590,8 @@ class Run:
     def _save(self, model: torch.nn.Module, step: int) -> None:
         if not all(p.isfinite().all() for p in model.parameters()):
             raise FloatingPointError(f"{self.name}, step {step}: a weight is not finite; the last "
-                                     "checkpoint is kept: try a lower learning rate or "
-                                     "--precision fp32")
+                                     "checkpoint, if any, is kept: try a lower learning rate "
+                                     "or --precision fp32 in another --out")
         tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
         for i, state in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{i}.{name}": torch.as_tensor(value)
@@ -693,6 +724,10 @@ def program(main: Callable[[], None]) -> None:
     except fetch.BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except torch.OutOfMemoryError:
+        print("error: the device is out of memory: lower --batch-size or --finetune-batch-size in "
+              "another --out", file=sys.stderr)
+        sys.exit(1)
     except (FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
