@@ -57,7 +57,8 @@ def machine() -> str:
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), name)
-    return (f"{torch.get_num_threads()} cores of {name}, torch {torch.__version__}, Python "
+    cores = torch.get_num_threads()
+    return (f"{cores} core{'s' * (cores > 1)} of {name}, torch {torch.__version__}, Python "
             f"{platform.python_version()}, {datetime.date.today()}")
 
 
