@@ -29,7 +29,7 @@ from support.run import Config
 
 
 def mask_input(model: nn.Module, x: Tensor, config: Config,
-                    draws: torch.Generator) -> tuple[Tensor, dict]:
+               draws: torch.Generator) -> tuple[Tensor, dict]:
     """Lines 7-9: a mask z Bool[B, K] for x, and what else the model's loss needs to know."""
     if model.modality == "image":
         draw = mae.fixed_mask if config.masking == "fixed" else mae.bernoulli_mask
