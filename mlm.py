@@ -287,6 +287,7 @@ def dropped(tensors: dict[str, Tensor]) -> tuple[str, ...]:
 
 
 def refuse_untied(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Raise BadInput where a copy differs: that would be a model without tied weights."""
     for copy, twin in TWINS.items():
         if copy in tensors and twin in tensors and not torch.equal(tensors[copy], tensors[twin]):
             raise BadInput(f"{path}: {copy} differs from {twin}, but here they are one tensor")

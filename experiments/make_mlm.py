@@ -1,10 +1,10 @@
 """How weights/tokenizer.json and weights/tiny-mlm.safetensors were made.
 
-A small RoBERTa (4 layers of 128 channels, 1.3 M numbers) trained from scratch with Bernoulli masks
+A small RoBERTa (4 layers of 128 channels, 1.1 M numbers) trained from scratch with Bernoulli masks
 (equation 2; γ = 0.4 at first, then 0.15) on the English inside the standard library: long strings
 and comments of the modules that the data set `pydocs` does not read.
 
-    python experiments/make_mlm.py --out /tmp/tiny --steps 300      # a trial
+    python experiments/make_mlm.py --out trial --steps 300          # a trial
     python experiments/make_mlm.py                                  # the bundled files
 """
 import argparse
