@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import distill
 import mae
 from support import fetch, images, run
 
@@ -41,10 +42,8 @@ def reconstruction_loss(model: mae.MAE, x: torch.Tensor, mask: torch.Tensor,
 def train(model: mae.MAE, pixels: torch.Tensor, held_out: torch.Tensor, steps: int, alone: bool,
           args: argparse.Namespace) -> None:
     """One phase: AdamW, warm-up, cosine; saves what it has every 500 steps."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.05},
-              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    settings = run.Config(lr=args.lr, betas=(0.9, 0.95), weight_decay=0.05)
+    optimiser = distill.adamw(model, settings)
     phase, warmup, start = "class token" if alone else "draw", steps // 20, time.time()
     for step in range(steps):
         draws = run.generator(args.seed, phase, step)
