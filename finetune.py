@@ -234,10 +234,12 @@ def prepare(program: str, config: run.Config) -> tuple[nn.Module, fetch.Data, ru
 def measure(rows: dict[str, tuple[nn.Module, str]], initial: nn.Module, data: fetch.Data,
             config: run.Config, this: run.Run) -> dict:
     """Fine-tune every row's model by its method and finish the run; returns results.json."""
-    return this.finish(data, [
-        this.measured(row, lambda: fine_tune(model, data, replace(config, method=method), this, row,
-                                             initial))
-        for row, (model, method) in rows.items()])
+    results = []
+    for row, (model, method) in rows.items():
+        own = replace(config, method=method)
+        results.append(this.measured(row, lambda: fine_tune(model, data, own, this, row, initial),
+                                     own, model.encoder, initial.encoder))
+    return this.finish(data, results)
 
 
 def main() -> None:

@@ -769,8 +769,7 @@ def test_a_killed_run_carries_on_bit_for_bit(modality, tmp_path, monkeypatch):
         finetune.measure(rows, model, data, config, this)
 
     go(tmp_path / "whole")
-    own_key = property(lambda self: str(self.folder), lambda self, key: None)
-    monkeypatch.setattr(run.Run, "further_key", own_key, raising=False)
+    monkeypatch.setattr(run.Run, "_key", lambda self, *_, **facts: str(self.folder))
     for moment in (1, 3, 4, 7, 9, 11, 16, 20):
         with pytest.raises(Killed):
             go(tmp_path / str(moment), moment)
@@ -806,6 +805,37 @@ def test_further_pretraining_is_shared_only_when_alike(tmp_path, capsys):
     assert makes == ["a"] and equal(first, second)
     further("c", replace(config, lr=2e-3))
     assert makes == ["a", "c"]
+
+
+def test_students_and_rows_are_shared_only_when_alike(tmp_path, capsys):
+    """Three rounds after one take its teacher, its student and its row; another setting does not."""
+    model, data, config = labelled("image")
+    config = replace(config, steps=2, batch_size=6, finetune_steps=2)
+
+    def go(folder, config):
+        """The stages that were really trained."""
+        this = run.Run(tmp_path / folder, config, data="d")
+        models = distill.self_distill(model, data.train, config, this)
+        rows = {"fine-tuning": (model, "finetune"), "self-distillation": (models[-1], "finetune")}
+        results = finetune.measure(rows, model, data, config, this)
+        log = tmp_path / folder / "log.jsonl"
+        lines = log.read_text().splitlines() if log.exists() else []
+        trained = {(line["stage"], line["round"]) for line in map(json.loads, lines)}
+        return trained, results["rows"]
+
+    before, tune = ("further pre-training", 0), ("fine-tuning", 0)
+    student, taught = ("self-distillation", 1), ("fine-tuning, self-distillation", 0)
+    everything, rows = go("a", config)
+    assert everything == {before, student, tune, taught}
+    assert go("again", config) == (set(), rows)
+    name = "finetuned-self-distillation.safetensors"
+    assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    assert go("rounds", replace(config, rounds=2))[0] == {("self-distillation", 2), taught}
+    assert go("match", replace(config, match="cls"))[0] == {student, taught}
+    assert go("lambda", replace(config, mae_weight=0.5))[0] == {student, taught}
+    assert go("tuned", replace(config, finetune_lr=0.1))[0] == {tune, taught}
+    assert go("radius", replace(config, mars_radius=0.1))[0] == set()  # MARS alone would feel it
+    assert go("seed", replace(config, seed=9))[0] == everything
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():

@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -54,7 +55,7 @@ DEFAULTS = {
         epochs=2, batch_size=32, lr=5e-4, weight_decay=0.01, betas=(0.9, 0.999), warmup=0.06,
         clip=1.0, mask_prob=0.15),
     ("text", "tiny", "finetune"): dict(
-        epochs=2, batch_size=32, lr=1e-3, weight_decay=0.01, warmup=0.06, clip=1.0, dropout=0.1,
+        epochs=2, batch_size=32, lr=5e-4, weight_decay=0.01, warmup=0.06, clip=1.0, dropout=0.0,
         mars_radius=1.0, r3f_eps=0.01),
 }
 SMOKE = dict(steps=4, batch_size=8, finetune_steps=4, finetune_batch_size=8)
@@ -447,9 +448,10 @@ def _short(value: object) -> str:
 
 # cannot change what is computed, bar rounding
 HARMLESS = ("data_dir", "out", "device", "save_every", "compile")
-# everything that further pre-training depends on, beside the data and the initial weights
+# the settings that further pre-training depends on; those that a student does beside them
 FURTHER = ("seed", "steps", "batch_size", "lr", "weight_decay", "betas", "warmup", "clip",
            "mask_prob", "masking", "pixels", "precision")
+STUDENT = ("match", "mae_weight")
 
 
 def folder(program: str, config: Config, model: torch.nn.Module, examples: int) -> Path:
@@ -502,12 +504,7 @@ class Run:
         settings = {name: list(value) if isinstance(value, tuple) else value
                     for name, value in asdict(config).items()}
         self.lineage = {name: str(getattr(config, name)) for name in ("dataset", "init", "seed")}
-        depends = {name: settings[name] for name in FURTHER} | facts | {
-            "torch": torch.__version__, "device": device(config).type, "bf16": uses_bf16(config),
-            "code": [fetch.digest(fetch.ROOT / name)
-                     for name in ("mae.py", "mlm.py", "distill.py", "support/run.py")]}
-        depends = json.dumps(depends, sort_keys=True).encode()
-        self.further_key = hashlib.blake2b(depends, digest_size=16).hexdigest()
+        self.config, self.facts = config, facts
         known = folder / "config.json"
         if not known.exists():
             write_json({"settings": settings, "facts": facts, "command": shlex.join(sys.argv),
@@ -628,51 +625,82 @@ class Run:
             os.replace(part, log)
         return start
 
+    def _key(self, config: Config, names: tuple[str, ...], code: tuple[str, ...],
+             **facts: object) -> str:
+        """A hash of what a result depends on: settings, facts, the machine's kind, the code."""
+        depends = facts | {name: getattr(config, name) for name in names} | {
+            "torch": torch.__version__, "device": device(config).type, "bf16": uses_bf16(config),
+            "code": [fetch.digest(fetch.ROOT / name)
+                     for name in (*code, "mae.py", "mlm.py", "baselines.py", "support/run.py")]}
+        depends = json.dumps(depends, sort_keys=True).encode()
+        return hashlib.blake2b(depends, digest_size=16).hexdigest()
+
     def kept(self, name: str, like: torch.nn.Module,
              make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
         """The model that <name>.safetensors holds, made and saved if it is not there yet.
 
-        A further pre-trained model is also taken from a neighbouring run folder, if everything that
-        it depends on has the same hash.
+        It is also taken from a neighbouring run folder, if everything that it depends on has the
+        same hash.
         """
         if self.folder is None:
             return make()
-        path, lineage, model = self.folder / f"{name}.safetensors", self.lineage, None
+        path, model = self.folder / f"{name}.safetensors", None
         if path.exists():
             return type(like).from_pretrained(path)
-        if name == "further":
-            lineage = {**lineage, "key": self.further_key}
-            for other in sorted(self.folder.parent.glob("*/further.safetensors")):
-                with safe_open(other, framework="pt") as file:
-                    alike = (file.metadata() or {}).get("key") == self.further_key
-                if alike:
-                    print(f"further pre-training: taken from {other}, which was made alike")
-                    model = type(like).from_pretrained(other)
-                    break
+        names = FURTHER if name == "further" else FURTHER + STUDENT
+        key = self._key(self.config, names, ("distill.py",), **self.facts)
+        for other in sorted(self.folder.parent.glob(f"*/{name}.safetensors")):
+            with safe_open(other, framework="pt") as file:
+                alike = (file.metadata() or {}).get("key") == key
+            if alike:
+                print(f"{name}: taken from {other}, which was made alike")
+                model = type(like).from_pretrained(other)
+                break
         model = model or make()
-        model.save(path, **lineage)
+        model.save(path, **self.lineage, key=key)
         return model
 
-    def measured(self, row: str, make: Callable[[], dict]) -> dict:
-        """A finished row of the table, made and noted if it is not there yet."""
+    def measured(self, row: str, make: Callable[[], dict], config: Config,
+                 *encoders: torch.nn.Module) -> dict:
+        """A finished row of the table, made and noted if it is not there yet.
+
+        config and encoders are what it depends on beside the data; where a neighbouring run folder
+        has a row with the same hash, that and its classifier are taken.
+        """
         if self.folder is None:
             return make()
         path = self.folder / "rows.json"
         rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if row not in rows:
-            rows[row] = make()
+            names = tuple(item.name for item in fields(Config)
+                          if item.name.startswith(("finetune_", f"{config.method}_")))
+            key = self._key(config, ("seed", "method", "dropout", "precision", *names),
+                            ("finetune.py",), **self.facts, row=row,
+                            encoders=[digest(encoder) for encoder in encoders])
+            rows[row] = {"key": key, "result": self._neighbours(row, key) or make()}
             write_json(rows, path)
-        return rows[row]
+        return rows[row]["result"]
+
+    def _neighbours(self, row: str, key: str) -> dict | None:
+        """The row that another run folder measured alike; its classifier is copied."""
+        for other in sorted(self.folder.parent.glob("*/rows.json")):
+            found = json.loads(other.read_text(encoding="utf-8")).get(row, {})
+            name = f"finetuned-{row.replace(' ', '-')}.safetensors"
+            if found.get("key") == key and other.with_name(name).exists():
+                print(f"{row}: taken from {other.parent}, which was made alike")
+                shutil.copyfile(other.with_name(name), self.folder / (name + ".part"))
+                os.replace(self.folder / (name + ".part"), self.folder / name)
+                return found["result"]
+        return None
 
     def finish(self, data: fetch.Data, rows: list[dict]) -> dict:
-        """Write curves.png and results.json, and drop what only an unfinished run needs."""
+        """Write curves.png and results.json, and drop the checkpoint."""
         curves(self.folder)
         results = {"dataset": data.name, "num_classes": len(data.classes),
                    "n_train": len(data.train),
                    "n_test": 0 if data.test is None else len(data.test), "rows": rows}
         write_json(results, self.folder / "results.json")
-        for name in ("checkpoint.safetensors", "rows.json"):
-            (self.folder / name).unlink(missing_ok=True)
+        (self.folder / "checkpoint.safetensors").unlink(missing_ok=True)
         return results
 
     def report(self, results: dict) -> None:
@@ -688,12 +716,15 @@ class Run:
                       f"{row['distance']:11.2f}")
             print("\ngap: test loss - training loss; "
                   "distance: from the initial weights θ_init, ‖θ_init - θ‖")
-        pictures = sorted(path.name for path in self.folder.glob("*.png"))
-        print(f"{self.folder}: {', '.join(pictures)}, results.json, log.jsonl")
+        files = [*sorted(path.name for path in self.folder.glob("*.png")), "results.json",
+                 *(path.name for path in self.folder.glob("log.jsonl"))]
+        print(f"{self.folder}: {', '.join(files)}")
 
 
 def curves(folder: Path) -> None:
     """Draw curves.png from log.jsonl: each loss of each stage against its steps."""
+    if not (folder / "log.jsonl").exists():
+        return  # all of it was taken from neighbours
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
