@@ -25,6 +25,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
@@ -2540,7 +2541,7 @@ def documented() -> list[str]:
         for line in importlib.import_module(name).__doc__.splitlines()
     ]
     commands = [line.split("#")[0].strip() for line in lines if line.startswith("python ")]
-    return sorted(set(commands))
+    return sorted({line for line in commands if "experiments/" not in line})
 
 
 def log_of(folder: Path) -> list[dict]:
@@ -2774,3 +2775,283 @@ def test_seeds_are_aggregated_as_by_hand(monkeypatch):
         ["toybirds", "--seeds", "0", "1"],
         [["distill.py"], ["finetune.py", "--smoke"]],
     )
+
+
+# ============================================================================= experiments
+
+
+@pytest.fixture
+def paper(monkeypatch, tmp_path):
+    """experiments/paper.py with its run folders in tmp_path, its commands run in this process."""
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    module = importlib.import_module("paper")
+    monkeypatch.setattr(module, "RUNS", str(tmp_path / "runs"))
+    few = dict(init="tiny", steps=2, batch_size=4, lr=1e-3, finetune_steps=2,
+               finetune_batch_size=4, finetune_lr=1e-3, train_size=40)
+    monkeypatch.setitem(module.SETTINGS, ("laptop", "few"), few)
+    module.done = []
+
+    def here(words, cwd):
+        module.done.append(words[1:])
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", words[1:])
+            importlib.import_module(words[1].removesuffix(".py")).main()
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr(module, "subprocess", SimpleNamespace(run=here))
+    return module
+
+
+def paper_main(paper, monkeypatch, *words: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["experiments/paper.py", *map(str, words)])
+    paper.main()
+
+
+def planned(paper, name: str, *datasets: str, seeds: int = 2, scale: str = "laptop") -> tuple:
+    """The commands of a result, as flags beside the usual ones, and what they train, by kind."""
+    cells = [cell for seed in range(seeds) for dataset in datasets
+             for cell in paper.RESULTS[name].cells(dataset, scale, seed)]
+    commands = list(dict.fromkeys(cell.command for cell in cells))
+    usual = paper.command("distill.py", datasets[0], scale, 0)[:-4]
+    extra = [" ".join([words[0], *(word for word in words[3:-4] if word not in usual)])
+             for words in commands if words[-3] == "0"]  # of seed 0
+    trained = {what: kind for words in commands for what, kind, _ in paper.stages(words)}
+    kinds = [kind for kind in trained.values()]
+    return len(commands), extra, {kind: kinds.count(kind) for kind in set(kinds)}
+
+
+def test_the_runs_of_table_1(paper):
+    """Six rows from four commands; one teacher, one student and six fine-tunings a seed."""
+    number, flags, trained = planned(paper, "table1", "cub", seeds=5)
+    assert number == 4 * 5
+    assert [line.split()[0] for line in flags] == ["distill.py"] + ["finetune.py"] * 3
+    for line, method in zip(flags[1:], ("recadam", "mars", "r3f")):
+        assert f"--method {method}" in line
+    assert trained == {"further pre-training": 5, "self-distillation": 5, "fine-tuning": 6 * 5}
+    rows = [cell.row for cell in paper.methods("cub", "laptop", 0)]
+    assert rows == ["fine-tuning", "RecAdam", "MARS", "R3F", "further pre-training",
+                    "self-distillation"]
+
+
+def test_the_runs_of_table_3(paper):
+    """Seven rows; two teachers (of usual and of twice the steps), five students."""
+    number, flags, trained = planned(paper, "table3", "cub")
+    assert number == 7 * 2
+    assert flags == ["distill.py", "distill.py --mae-weight 0", "distill.py --rounds 0",
+                     "distill.py 300 --rounds 0", "distill.py --match prediction",
+                     "distill.py --match l2", "distill.py --match mars"]
+    assert trained == {"further pre-training": 2 * 2, "self-distillation": 5 * 2,
+                       "fine-tuning": (1 + 2 + 5) * 2}
+    methods = [cell.method for cell in paper.ablations("cub", "laptop", 0)]
+    assert methods == ["self-distillation"] * 2 + ["further pre-training"] * 2 + [
+        "self-distillation"] * 3
+
+
+@pytest.mark.parametrize("name, dataset, number, extra, teachers, students", [
+    ("table2", "scierc", 4, "--method recadam", 1, 1),
+    ("table6", "cub", 4, "--mae-weight 0.5", 1, 4),
+    ("figure1", "dtd", 4, "--rounds 0", 4, 0),
+    ("figure3", "cifar100", 6, "--train-size 2500", 6, 6),
+    ("figure4", "flower", 4, "--rounds 3", 1, 3),
+    ("figure5c", "flower", 4, "--rounds 3", 1, 3),
+    ("figure5a", "dtd", 1, "distill.py", 1, 1),
+    ("figure5b", "dtd", 1, "distill.py", 1, 1),
+    ("time", "cub", 1, "distill.py", 1, 1)])
+def test_the_runs_of_the_others(paper, name, dataset, number, extra, teachers, students):
+    found, flags, trained = planned(paper, name, dataset, seeds=1)
+    assert found == number and any(extra in line for line in flags)
+    assert trained["further pre-training"] == teachers
+    assert trained.get("self-distillation", 0) == students
+
+
+def test_results_share_their_runs(paper):
+    """After Table 1, Figures 5a, 5b, 4's first round and Table 3's full model are there already."""
+    commands = {name: {cell.command for cell in paper.RESULTS[name].cells("cub", "laptop", 3)}
+                for name in ("table1", "table3", "table6", "figure4", "figure5a", "figure5b")}
+    full = paper.command("distill.py", "cub", "laptop", 3)
+    assert all(full in words for words in commands.values())
+    assert commands["figure5a"] == commands["figure5b"] <= commands["table1"]
+    assert len({words[-1] for words in set.union(*commands.values())}) == len(
+        set.union(*commands.values()))  # a folder each
+
+
+def test_the_papers_size_is_the_programs_defaults(paper):
+    words = paper.command("distill.py", "cub", "paper", 1)
+    assert words[:-2] == ("distill.py", "--dataset", "cub", "--seed", "1")
+    assert paper.filled(words).steps == 20000 and paper.filled(words).batch_size == 64
+    assert paper.filled(paper.command("distill.py", "scierc", "paper", 0)).steps == 100 * 26
+    twice = [cell.command for cell in paper.ablations("scierc", "paper", 0)][3]
+    assert twice[twice.index("--steps") + 1] == "5200"
+
+
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_the_laptops_settings_are_those_chosen_on_held_out_data(paper, modality):
+    chosen = json.loads((ROOT / "results" / f"tuning-{modality}.json").read_text())["chosen"]
+    used = dict(paper.SETTINGS["laptop", modality])
+    assert used.pop("init") == "tiny"
+    for own in paper.OWN["laptop", modality].values():
+        used |= own
+    assert used == chosen
+
+
+def test_tuning_holds_out_a_seeded_tenth(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    tune = importlib.import_module("tune")
+    pixels = torch.arange(40)[:, None, None, None].expand(40, 3, 2, 2).to(torch.uint8)
+    data = fetch.Data("x", pixels, torch.arange(40), None, None, [str(i) for i in range(40)],
+                      "accuracy", "fingerprint", "note")
+    held, again, other = (tune.hold_out(data, seed) for seed in (1, 1, 2))
+    assert len(held.test) == 4 and len(held.train) == 36
+    assert sorted([*held.test_labels.tolist(), *held.train_labels.tolist()]) == list(range(40))
+    assert torch.equal(held.test[:, 0, 0, 0].long(), held.test_labels)
+    assert torch.equal(held.test, again.test) and not torch.equal(held.test, other.test)
+
+
+def finished(paper, words: tuple, rows: dict[str, float], **more: float) -> None:
+    """A run folder as a finished command leaves it, with made-up numbers."""
+    folder = paper.folder(words)
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {"dataset": "cub", "num_classes": 50, "n_train": 1500, "n_test": 1389, "rows": [
+        {"method": row, "seed": 0, "metric": "accuracy", "score": score, "train_loss": 1.0,
+         "test_loss": 1.0 + score, "gap": score, "distance": 10 * score} | more
+        for row, score in rows.items()]}
+    (folder / "results.json").write_text(json.dumps(found))
+
+
+def test_means_and_deviations_against_hand_computed_ones(paper, monkeypatch, tmp_path):
+    """Scores 0.1, 0.2, 0.4: mean 70/3 %, sample deviation √(700/3) = 15.28 %."""
+    monkeypatch.setattr(paper, "on_disk", lambda dataset, scale: (1500, 1389, 50))
+    for seed, score in enumerate((0.1, 0.2, 0.4)):
+        for cell in paper.methods("cub", "laptop", seed):
+            if cell.row != "MARS":
+                rows = {"fine-tuning": score, "further pre-training": 0.5,
+                        "self-distillation": score + 0.1 - 0.02 * seed}
+                finished(paper, cell.command,
+                         rows if cell.command[0] == "distill.py" else {cell.row: score / 2})
+    monkeypatch.setattr(paper, "carry_out", lambda left: [])
+    paper_main(paper, monkeypatch, "table1", "--datasets", "cub", "--seeds", 3, "--out", tmp_path)
+    page = (tmp_path / "table1.md").read_text(encoding="utf-8")
+    assert "| fine-tuning | 23.33 ± 15.28 (n = 3) | 55.55 ± 0.54 |" in page
+    assert "| R3F | 11.67 ± 7.64 (n = 3) | 55.91 ± 0.79 |" in page
+    assert "| further pre-training | 50.00 ± 0.00 (n = 3) | 55.72 ± 0.46 |" in page
+    assert "| self-distillation | 31.33 ± 13.32 (n = 3) | – |" in page  # 20, 28, 46
+    assert "| CUB | fine-tuning | 8.00 ± 2.00 (n = 3) | 3 of 3 |" in page  # 10, 8, 6
+    assert "| CUB | further pre-training | -18.67 ± 13.32 (n = 3) | 0 of 3 |" in page
+    assert "| MARS |" not in page  # not run yet: no row, and nothing made up
+    assert "1500 training and 1389 test examples, 50 classes" in page
+    record = json.loads((tmp_path / "table1.json").read_text(encoding="utf-8"))
+    assert [value["score"] for value in record["values"] if value["row"] == "fine-tuning"] == [
+        0.1, 0.2, 0.4]
+    pages = importlib.import_module("pages")
+    assert pages.page(record) == page
+
+
+def test_time_is_in_seconds_and_ratios(paper, monkeypatch, tmp_path):
+    monkeypatch.setattr(paper, "on_disk", lambda dataset, scale: (1500, 1389, 50))
+    monkeypatch.setattr(paper, "carry_out", lambda left: [])
+    words = paper.command("distill.py", "cub", "laptop", 0)
+    finished(paper, words, {"fine-tuning": 0.1, "further pre-training": 0.1,
+                            "self-distillation": 0.1})
+    took = [("fine-tuning", 2.0), ("further pre-training", 3.0), ("self-distillation", 8.0),
+            ("fine-tuning", 2.0)]  # stopped and started again: both count
+    (paper.folder(words) / "timing.jsonl").write_text("".join(
+        json.dumps({"stage": stage, "seconds": seconds}) + "\n" for stage, seconds in took))
+    paper_main(paper, monkeypatch, "time", "--seeds", 1, "--out", tmp_path)
+    page = (tmp_path / "time.md").read_text(encoding="utf-8")
+    # the paper: 1938, 5373 and 18802 seconds
+    assert "| fine-tuning | 4.0 (n = 1) | 1.00 | 1938 | 1.00 | 484 |" in page
+    assert "| self-distillation | 8.0 (n = 1) | 2.00 | 18802 | 9.70 | 2350 |" in page
+
+
+@pytest.mark.parametrize("name, dataset", [("figure4", "flower"), ("figure5b", "cub"),
+                                           ("figure3", "cifar100")])
+def test_figures_are_drawn(paper, monkeypatch, tmp_path, name, dataset):
+    monkeypatch.setattr(paper, "on_disk", lambda dataset, scale: (2500, 1389, 50))
+    monkeypatch.setattr(paper, "carry_out", lambda left: [])
+    for seed in range(2):
+        for number, cell in enumerate(paper.RESULTS[name].cells(dataset, "laptop", seed)):
+            finished(paper, cell.command, {"fine-tuning": 0.2, "further pre-training": 0.3 + seed,
+                                           "self-distillation": 0.4 + 0.1 * number})
+    paper_main(paper, monkeypatch, name, "--datasets", dataset, "--seeds", 2, "--out", tmp_path)
+    picture = np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB"))
+    assert min(picture.shape[:2]) > 200 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
+    assert f"![Figure {name[6:]}" in (tmp_path / f"{name}.md").read_text(encoding="utf-8")
+    if name == "figure3":  # more examples than there are on disk were not asked for
+        values = json.loads((tmp_path / f"{name}.json").read_text())["values"]
+        assert {value["x"] for value in values} == {1000, 2500}
+
+
+def test_a_missing_data_set_leaves_its_cells_empty(paper, monkeypatch, tmp_path):
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
+    paper_main(paper, monkeypatch, "table2", "--datasets", "scierc", "--out", tmp_path)
+    page = (tmp_path / "table2.md").read_text(encoding="utf-8")
+    assert "Empty: SCIERC (no folder scierc in the data directory)." in page
+    assert not paper.done and "±" not in page.split("The paper:")[0].split("| | SCIERC")[1]
+
+
+def test_a_killed_sweep_repeats_nothing(paper, monkeypatch, tmp_path, capsys):
+    """Rounds 0-3 for real, stopped inside the third command: the two before it are not run again.
+
+    Nor is what they trained: the whole sweep trains one teacher and three students.
+    """
+    few = paper.SETTINGS["laptop", "few"]
+    monkeypatch.setitem(paper.SETTINGS, ("laptop", "image"), few)
+    trained, pretrain = [], distill.pretrain
+
+    def counted(student, teacher, inputs, config, t, this):
+        if len(trained) == 2 and not stopped:
+            stopped.append(True)
+            raise KeyboardInterrupt
+        trained.append(t)
+        return pretrain(student, teacher, inputs, config, t, this)
+
+    stopped = []
+    monkeypatch.setattr(distill, "pretrain", counted)
+    words = ("figure5c", "--datasets", "toybirds", "--seeds", 1, "--out", tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        paper_main(paper, monkeypatch, *words)
+    assert trained == [0, 1] and len(paper.done) == 3
+    paper_main(paper, monkeypatch, *words)
+    assert trained == [0, 1, 2, 3]
+    assert [words[-1] for words in paper.done[3:]] == [
+        paper.command("distill.py", "toybirds", "laptop", 0, rounds=t)[-1] for t in (2, 3)]
+    capsys.readouterr()
+    paper_main(paper, monkeypatch, *words)
+    assert "4 runs, 4 finished, 0 to do" in capsys.readouterr().out and len(paper.done) == 5
+    values = json.loads((tmp_path / "figure5c.json").read_text())["values"]
+    assert [value["x"] for value in values] == [0, 1, 2, 3]
+    assert len({value["distance"] for value in values}) == 4
+
+
+def test_one_checkpoint_is_fine_tuned_with_every_seed(paper, monkeypatch, tmp_path):
+    """As the authors did: one teacher and one student; distances are still from θ_init."""
+    few = paper.SETTINGS["laptop", "few"]
+    monkeypatch.setitem(paper.SETTINGS, ("laptop", "image"), few)
+    paper_main(paper, monkeypatch, "figure5b", "--datasets", "toybirds", "--seeds", 2,
+               "--one-checkpoint", "--out", tmp_path)
+    first = tmp_path / "runs" / "laptop-distill-toybirds-seed0"
+    assert [words[0] for words in paper.done] == ["distill.py"] + ["finetune.py"] * 3
+    inits = [words[words.index("--init") + 1] for words in paper.done]
+    assert inits == ["tiny", "tiny", str(first / "further.safetensors"),
+                     str(first / "distilled-1.safetensors")]
+    values = {(value["row"], value["seed"]): value["distance"] for value in json.loads(
+        (tmp_path / "figure5b.json").read_text())["values"]}
+    start = mae.MAE.from_pretrained("tiny").encoder
+    for row, words in (("further pre-training", paper.done[2]),
+                       ("self-distillation", paper.done[3])):
+        tensors = load_file(Path(words[-1]) / "finetuned-fine-tuning.safetensors")
+        squares = sum((tensor - tensors[f"encoder.{name}"]).norm() ** 2
+                      for name, tensor in start.state_dict().items())
+        assert values[row, 1] == pytest.approx(squares.sqrt().item(), rel=1e-5)
+        assert values[row, 1] != values[row, 0]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.json")), ids=lambda p: p.stem)
+def test_committed_pages_are_computed_from_their_json(path, paper):
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if "values" not in record:
+        pytest.skip("made by another program")
+    page = path.with_suffix(".md").read_text(encoding="utf-8")
+    assert page == importlib.import_module("pages").page(record)
+    for value in record["values"]:
+        assert value["seed"] < record["seeds"] and math.isfinite(value["score"])

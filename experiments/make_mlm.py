@@ -2,7 +2,9 @@
 
 A small RoBERTa (4 layers of 128 channels, 1.1 M numbers) trained from scratch with Bernoulli masks
 (equation 2; γ = 0.4 at first, then 0.15) on the English inside the standard library: long strings
-and comments of the modules that the data set `pydocs` does not read.
+and comments of the modules that the data set `pydocs` does not read. A second phase also guesses a
+text's words from `<s>` alone: plain MLM leaves that token idle, and fine-tuning, which reads it,
+then stays at the most frequent class for hundreds of steps.
 
     python experiments/make_mlm.py --out trial --steps 300          # a trial
     python experiments/make_mlm.py                                  # the bundled files
@@ -18,11 +20,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import mlm
 from mlm import MLM, Config
 from support import fetch, texts
 
 VOCABULARY, LENGTH, BATCH = 2000, 128, 32
-LR, WARMUP, GAMMA = 1e-3, 0.02, 0.15  # warm-up: share of the steps
+LR, FIRST_LR, WARMUP, GAMMA = 1e-3, 5e-4, 0.02, 0.15  # warm-up: share of the steps
 EARLY, EARLY_GAMMA = 0.4, 0.4  # this share of the steps first, with a higher mask probability
 
 
@@ -108,9 +111,58 @@ def evaluate(model: MLM, unigram: torch.Tensor, held: texts.Texts) -> str:
             f"by frequency alone: {base_nll / total:.3f}, {base_hits / total:.1%} ({total} tokens)")
 
 
+def words_from_first(model: MLM, ids: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """A scalar: cross-entropy of all of a text's words, each guessed from `<s>` of x̂ alone."""
+    hidden = model.encoder(mlm.corrupt(ids, z, "mask", None, model.config), ids != 1)  # [B, K, D]
+    logp = model.head(hidden[:, 0], model.encoder.word.weight).log_softmax(-1)  # [B, V]
+    words = ~torch.isin(ids, torch.tensor(model.config.special_ids))  # [B, K]
+    return -logp.gather(1, ids)[words].mean()
+
+
+def fit(model: MLM, train: texts.Texts, steps: int, lr: float, generator: torch.Generator,
+        first: bool = False) -> None:
+    """Line 10's loss alone, or with `first` plus that of the words guessed from `<s>`; in place."""
+    # so small a model does not overfit a million tokens: dropout would only slow it
+    model.encoder.dropout.p = 0.0
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.}]
+    optimiser = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
+    warmup = max(1, int(WARMUP * steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(
+        (step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps)))
+    begin, recent, model = time.time(), [], model.train()
+    for step in range(steps):
+        at = step * BATCH % (len(train) - BATCH + 1)
+        if step == 0 or at < BATCH:
+            order = torch.randperm(len(train), generator=generator)
+        ids = train[order[at:at + BATCH]].long()  # [B, K]
+        gamma = EARLY_GAMMA if step < EARLY * steps and not first else GAMMA
+        z = model.draw_mask(ids, gamma, generator)  # [B, K]
+        loss = (model.loss(ids, z) * z.sum(1)).sum() / z.sum()  # short texts are noisy: less weight
+        parts = [loss.item()]
+        if first:
+            from_first = words_from_first(model, ids, z)
+            loss = loss + from_first
+            parts.append(from_first.item())
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        recent.append(parts)
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            means = "  ".join(f"{sum(part) / len(recent):.3f}" for part in zip(*recent))
+            print(f"step {step + 1}  loss {means}  "
+                  f"{1000 * (time.time() - begin) / (step + 1):.0f} ms/step", flush=True)
+            recent = []
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=8000, help=f"of {BATCH} sequences")
+    parser.add_argument("--first-token-steps", type=int, default=1200)
+    parser.add_argument("--after", help="weights of a finished first phase, to skip it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=fetch.ROOT / "weights")
@@ -133,42 +185,20 @@ def main() -> None:
           f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
 
     unigram = log_frequency(model, train)  # [V]
-    initialise(model, unigram)
-    # so small a model does not overfit a million tokens: dropout would only slow it
-    model.encoder.dropout.p = 0.0
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.}]
-    optimiser = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.98), eps=1e-6, fused=True)
-    warmup = max(1, int(WARMUP * flags.steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(
-        (step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / flags.steps)))
-    begin, recent, model = time.time(), [], model.train()
-    for step in range(flags.steps):
-        at = step * BATCH % (len(train) - BATCH + 1)
-        if step == 0 or at < BATCH:
-            order = torch.randperm(len(train), generator=generator)
-        ids = train[order[at:at + BATCH]]  # [B, K]
-        gamma = EARLY_GAMMA if step < EARLY * flags.steps else GAMMA
-        z = model.draw_mask(ids, gamma, generator)  # [B, K]
-        loss = (model.loss(ids, z) * z.sum(1)).sum() / z.sum()  # short texts are noisy: less weight
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
-        recent.append(loss.item())
-        if (step + 1) % 100 == 0 or step + 1 == flags.steps:
-            print(f"step {step + 1}  loss {sum(recent) / len(recent):.3f}  "
-                  f"{1000 * (time.time() - begin) / (step + 1):.0f} ms/step", flush=True)
-            recent = []
+    if flags.after:
+        model = MLM.from_pretrained(flags.after)
+    else:
+        initialise(model, unigram)
+        fit(model, train, flags.steps, LR, generator)
+        print(evaluate(model, unigram, held))
+    fit(model, train, flags.first_token_steps, FIRST_LR, generator, first=True)
     result = evaluate(model, unigram, held)
     print(result)
     flags.out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(flags.out / "tokenizer.json"))
     corpus_note = f"standard library of Python {sys.version.split()[0]}"
-    model.save(flags.out / "tiny-mlm.safetensors", corpus=corpus_note, steps=str(flags.steps),
-               seed=str(flags.seed), result=result)
+    model.save(flags.out / "tiny-mlm.safetensors", corpus=corpus_note, seed=str(flags.seed),
+               steps=f"{flags.steps} + {flags.first_token_steps}", result=result)
 
 
 if __name__ == "__main__":
