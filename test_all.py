@@ -809,7 +809,7 @@ def test_further_pretraining_is_shared_only_when_alike(tmp_path, capsys):
 
 
 def test_students_and_rows_are_shared_only_when_alike(tmp_path, capsys):
-    """Three rounds after one take its teacher, its student and its row; another setting does not."""
+    """Two rounds after one take its teacher, student and row; another setting does not."""
     model, data, config = labelled("image")
     config = replace(config, steps=2, batch_size=6, finetune_steps=2)
 
@@ -2920,7 +2920,7 @@ def finished(paper, words: tuple, rows: dict[str, float], **more: float) -> None
 
 def test_means_and_deviations_against_hand_computed_ones(paper, monkeypatch, tmp_path):
     """Scores 0.1, 0.2, 0.4: mean 70/3 %, sample deviation √(700/3) = 15.28 %."""
-    monkeypatch.setattr(paper, "on_disk", lambda dataset, scale: (1500, 1389, 50))
+    monkeypatch.setattr(paper, "on_disk", lambda dataset: (1500, 1389, 50))
     for seed, score in enumerate((0.1, 0.2, 0.4)):
         for cell in paper.methods("cub", "laptop", seed):
             if cell.row != "MARS":
@@ -2947,7 +2947,7 @@ def test_means_and_deviations_against_hand_computed_ones(paper, monkeypatch, tmp
 
 
 def test_time_is_in_seconds_and_ratios(paper, monkeypatch, tmp_path):
-    monkeypatch.setattr(paper, "on_disk", lambda dataset, scale: (1500, 1389, 50))
+    monkeypatch.setattr(paper, "on_disk", lambda dataset: (1500, 1389, 50))
     monkeypatch.setattr(paper, "carry_out", lambda left: [])
     words = paper.command("distill.py", "cub", "laptop", 0)
     finished(paper, words, {"fine-tuning": 0.1, "further pre-training": 0.1,
@@ -2966,7 +2966,7 @@ def test_time_is_in_seconds_and_ratios(paper, monkeypatch, tmp_path):
 @pytest.mark.parametrize("name, dataset", [("figure4", "flower"), ("figure5b", "cub"),
                                            ("figure3", "cifar100")])
 def test_figures_are_drawn(paper, monkeypatch, tmp_path, name, dataset):
-    monkeypatch.setattr(paper, "on_disk", lambda dataset, scale: (2500, 1389, 50))
+    monkeypatch.setattr(paper, "on_disk", lambda dataset: (2500, 1389, 50))
     monkeypatch.setattr(paper, "carry_out", lambda left: [])
     for seed in range(2):
         for number, cell in enumerate(paper.RESULTS[name].cells(dataset, "laptop", seed)):

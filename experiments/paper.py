@@ -260,16 +260,11 @@ def plan(cells: list[Cell], scale: str) -> list[tuple[tuple[str, ...], float]]:
     return left
 
 
-def on_disk(dataset: str, scale: str) -> tuple[int, int, int]:
-    """Training and test examples and classes; `BadInput` where laptop size lacks the data.
-
-    At the paper's size the programs download what is not there: the published numbers stand in.
-    """
+def on_disk(dataset: str) -> tuple[int, int, int]:
+    """Training and test examples and classes; `BadInput` where the data are not on disk."""
     config = run.check(run.Config(dataset=dataset, init="tiny"))
     data_dir = Path(config.data_dir).expanduser().absolute()
     if dataset in fetch.DATASETS and not (data_dir / fetch.DATASETS[dataset][0]).is_dir():
-        if scale == "paper":
-            return pages.PUBLISHED[dataset]
         raise fetch.BadInput(f"no folder {fetch.DATASETS[dataset][0]} in the data directory")
     kind = mlm.MLM if modality(dataset) == "text" else mae.MAE
     try:
@@ -363,8 +358,9 @@ def main() -> None:
         raise fetch.BadInput(f"--seeds is {args.seeds}: use at least 1")
     here, missing = {}, {}
     for dataset in datasets:
-        try:
-            here[dataset] = on_disk(dataset, args.scale)
+        try:  # at the paper's size the programs download what is not there
+            here[dataset] = (on_disk(dataset) if args.scale == "laptop" or not result.cells
+                             else pages.PUBLISHED[dataset])
         except fetch.BadInput as error:
             missing[dataset] = str(error)
             print(f"{pages.NAMES[dataset]}: {error}; its cells stay empty")
