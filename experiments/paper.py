@@ -43,8 +43,8 @@ SETTINGS = {
         init="tiny", steps=150, batch_size=64, lr=5e-4, finetune_steps=150, finetune_batch_size=32,
         finetune_lr=1e-3),
     ("laptop", "text"): dict(
-        init="tiny", steps=48, batch_size=32, lr=5e-4, finetune_steps=400, finetune_batch_size=8,
-        finetune_lr=5e-4)}
+        init="tiny", steps=40, batch_size=32, lr=5e-4, finetune_steps=250, finetune_batch_size=8,
+        finetune_lr=3e-4)}
 OWN = {  # what a baseline adds
     ("laptop", "image"): {"recadam": dict(recadam_t0=40), "mars": dict(mars_radius=0.5),
                           "r3f": dict(r3f_eps=0.3)},
