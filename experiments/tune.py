@@ -95,7 +95,8 @@ def main() -> None:
     text = (f"# Settings: {modality}\n\n"
             f"`python experiments/tune.py {modality}`\n\nScores on a seeded tenth of the training "
             f"sets (seed {SEED}, n = 1 each), which was left out of training; "
-            f"{budget or 'default steps'}. {repeat.machine()}.\n\n| setting | scored by | value | {heads} |\n"
+            f"{budget or 'default steps'}. {repeat.machine()}.\n\n"
+            f"| setting | scored by | value | {heads} |\n"
             f"|---|---|---|{'---|' * len(DATASETS[modality])}\n" + "\n".join(lines) + "\n")
     folder = ROOT / "results"
     (folder / f"tuning-{modality}.md").write_text(text, encoding="utf-8")
