@@ -55,7 +55,7 @@ DEFAULTS = {
         epochs=2, batch_size=32, lr=5e-4, weight_decay=0.01, betas=(0.9, 0.999), warmup=0.06,
         clip=1.0, mask_prob=0.15),
     ("text", "tiny", "finetune"): dict(
-        epochs=2, batch_size=32, lr=1e-3, weight_decay=0.01, warmup=0.06, clip=1.0, dropout=0.0,
+        epochs=2, batch_size=32, lr=2e-3, weight_decay=0.01, warmup=0.06, clip=1.0, dropout=0.0,
         mars_radius=1.0, r3f_eps=0.01),
 }
 SMOKE = dict(steps=4, batch_size=8, finetune_steps=4, finetune_batch_size=8)
