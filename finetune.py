@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import baselines
 import mae
 import mlm
-from support import fetch, run
+from support import fetch, run, texts
 
 # ----------------------------------------------------------------------------- scores (§5)
 
@@ -95,11 +95,13 @@ class Classifier(nn.Module):
 def predict(classifier: Classifier, inputs: object, config: run.Config) -> Tensor:
     """Logits float32 [N, C], on the CPU, of all examples in eval mode, without augmentation."""
     classifier.eval()
-    where, logits = run.device(config), []
-    for index in torch.arange(len(inputs)).split(256):
+    where, logits, order = run.device(config), [], torch.arange(len(inputs))
+    if isinstance(inputs, texts.Texts):
+        order = inputs.offsets.diff().argsort()  # alike lengths together: little padding
+    for index in order.split(256):
         with run.autocast(config):
             logits.append(classifier(run.batch(inputs, index, where)).float().cpu())
-    return torch.cat(logits)
+    return torch.cat(logits)[order.argsort()]  # [N, C]
 
 
 def distance(before: nn.Module, after: nn.Module) -> float:

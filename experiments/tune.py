@@ -32,7 +32,7 @@ DATASETS = {"image": ("cub", "flower"), "text": ("scierc", "twitter_emotion"),
             "pydocs": ("pydocs",)}
 # what a laptop's time allows was set first, and is not tuned
 BUDGET = {"image": dict(steps=150, batch_size=64, finetune_steps=150, finetune_batch_size=32),
-          "text": dict(steps=40, batch_size=32, finetune_steps=250, finetune_batch_size=8),
+          "text": dict(steps=30, batch_size=32, finetune_steps=150, finetune_batch_size=16),
           "pydocs": {}}
 # (setting, the method that is scored, its values)
 TRIALS = {
@@ -41,9 +41,9 @@ TRIALS = {
               ("recadam_t0", "recadam", (4, 40)),
               ("mars_radius", "mars", (0.5, 2.0)),
               ("r3f_eps", "r3f", (0.1, 0.3))),
-    "text": (("finetune_lr", "finetune", (3e-4, 5e-4, 1e-3)),
-             ("lr", "further", (5e-4, 1e-3)),
-             ("recadam_t0", "recadam", (6, 60)),
+    "text": (("finetune_lr", "finetune", (5e-4, 1e-3, 2e-3)),
+             ("lr", "further", (2e-4, 5e-4)),
+             ("recadam_t0", "recadam", (4, 40)),
              ("mars_radius", "mars", (0.5, 2.0)),
              ("r3f_eps", "r3f", (0.01, 0.1))),
     "pydocs": (("finetune_lr", "finetune", (5e-4, 1e-3, 2e-3)),)}
