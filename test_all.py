@@ -839,6 +839,23 @@ def test_students_and_rows_are_shared_only_when_alike(tmp_path, capsys):
     assert go("seed", replace(config, seed=9))[0] == everything
 
 
+def test_what_is_shared_depends_on_sizes_tokenizer_and_the_test_set():
+    """Equal weights under another LayerNorm ε or tokenizer, or fewer test pictures, are others."""
+    text, data, config = labelled("text")
+    before = run.digest(text)
+    text.tokenizer = Tokenizer(models.BPE())
+    assert run.digest(text) != before
+    picture = labelled("image")[0]
+    before = run.digest(picture.encoder)
+    picture.encoder.config = replace(picture.encoder.config, width=99)
+    assert run.digest(picture.encoder) != before
+    config = run.check(run.Config(dataset="toybirds"))
+    tiny = mae.MAE.from_pretrained("tiny")
+    prints = {run.load_data(replace(config, **changed), tiny).fingerprint for changed in (
+        {}, {"train_size": 80}, {"smoke": True}, {"smoke": True, "train_size": 80})}
+    assert len(prints) == 4 - 1  # --smoke alone takes 80 of the training pictures
+
+
 def test_a_loss_that_is_not_finite_stops_the_run():
     model, inputs = small("image")
     with torch.no_grad():
@@ -2853,19 +2870,19 @@ def test_the_runs_of_table_3(paper):
         "self-distillation"] * 3
 
 
-@pytest.mark.parametrize("name, dataset, number, extra, teachers, students", [
-    ("table2", "scierc", 4, "--method recadam", 1, 1),
-    ("table6", "cub", 4, "--mae-weight 0.5", 1, 4),
-    ("figure1", "dtd", 4, "--rounds 0", 4, 0),
-    ("figure3", "cifar100", 6, "--train-size 2500", 6, 6),
-    ("figure4", "flower", 4, "--rounds 3", 1, 3),
-    ("figure5c", "flower", 4, "--rounds 3", 1, 3),
-    ("figure5a", "dtd", 1, "distill.py", 1, 1),
-    ("figure5b", "dtd", 1, "distill.py", 1, 1),
-    ("time", "cub", 1, "distill.py", 1, 1)])
-def test_the_runs_of_the_others(paper, name, dataset, number, extra, teachers, students):
-    found, flags, trained = planned(paper, name, dataset, seeds=1)
-    assert found == number and any(extra in line for line in flags)
+ROUNDS = ["--rounds 0", "", "--rounds 2", "--rounds 3"]
+
+
+@pytest.mark.parametrize("name, dataset, flags, teachers, students", [
+    ("table6", "cub", ["", "--mae-weight 0.5", "--mae-weight 0.1", "--mae-weight 0"], 1, 4),
+    ("figure1", "dtd", ["--rounds 0", "37 --rounds 0", "75 --rounds 0", "300 --rounds 0"], 4, 0),
+    ("figure3", "cifar100", [f"--train-size {size}" for size in (
+        1000, 2500, 5000, 10000, 25000, 50000)], 6, 6),
+    ("figure4", "flower", ROUNDS, 1, 3), ("figure5c", "flower", ROUNDS, 1, 3),
+    ("figure5a", "dtd", [""], 1, 1), ("figure5b", "dtd", [""], 1, 1), ("time", "cub", [""], 1, 1)])
+def test_the_runs_of_the_others(paper, name, dataset, flags, teachers, students):
+    number, found, trained = planned(paper, name, dataset, seeds=1)
+    assert number == len(flags) and found == [f"distill.py {line}".strip() for line in flags]
     assert trained["further pre-training"] == teachers
     assert trained.get("self-distillation", 0) == students
 
@@ -2911,12 +2928,19 @@ def test_tuning_holds_out_a_seeded_tenth(monkeypatch):
     assert sorted([*held.test_labels.tolist(), *held.train_labels.tolist()]) == list(range(40))
     assert torch.equal(held.test[:, 0, 0, 0].long(), held.test_labels)
     assert torch.equal(held.test, again.test) and not torch.equal(held.test, other.test)
+    scored = []
+    monkeypatch.setattr(finetune, "fine_tune", lambda model, data, *_: scored.append(data) or {
+        "score": 0.5})
+    tune.trial("toybirds", {"finetune_steps": 1}, "finetune")
+    assert (len(scored[0].train), len(scored[0].test)) == (720, 80)  # of 800 training pictures
 
 
 def finished(paper, words: tuple, rows: dict[str, float], **more: float) -> None:
     """A run folder as a finished command leaves it, with made-up numbers."""
     folder = paper.folder(words)
     folder.mkdir(parents=True, exist_ok=True)
+    settings = {"settings": run.asdict(paper.filled(words))}
+    (folder / "config.json").write_text(json.dumps(settings))
     found = {"dataset": "cub", "num_classes": 50, "n_train": 1500, "n_test": 1389, "rows": [
         {"method": row, "seed": 0, "metric": "accuracy", "score": score, "train_loss": 1.0,
          "test_loss": 1.0 + score, "gap": score, "distance": 10 * score} | more
@@ -2943,7 +2967,7 @@ def test_means_and_deviations_against_hand_computed_ones(paper, monkeypatch, tmp
     assert "| self-distillation | 31.33 ± 13.32 (n = 3) | – |" in page  # 20, 28, 46
     assert "| CUB | fine-tuning | 8.00 ± 2.00 (n = 3) | 3 of 3 |" in page  # 10, 8, 6
     assert "| CUB | further pre-training | -18.67 ± 13.32 (n = 3) | 0 of 3 |" in page
-    assert "| MARS |" not in page  # not run yet: no row, and nothing made up
+    assert "| MARS | – | 55.35 ± 0.73 |" in page  # not run yet
     assert "1500 training and 1389 test examples, 50 classes" in page
     record = json.loads((tmp_path / "table1.json").read_text(encoding="utf-8"))
     assert [value["score"] for value in record["values"] if value["row"] == "fine-tuning"] == [
@@ -2958,15 +2982,17 @@ def test_time_is_in_seconds_and_ratios(paper, monkeypatch, tmp_path):
     words = paper.command("distill.py", "cub", "laptop", 0)
     finished(paper, words, {"fine-tuning": 0.1, "further pre-training": 0.1,
                             "self-distillation": 0.1})
-    took = [("fine-tuning", 2.0), ("further pre-training", 3.0), ("self-distillation", 8.0),
-            ("fine-tuning", 2.0)]  # stopped and started again: both count
+    took = [("fine-tuning", 150, 4.0), ("self-distillation", 150, 8.0),
+            ("further pre-training", 7, 1.0)]  # carried on after a stop: no whole time
     (paper.folder(words) / "timing.jsonl").write_text("".join(
-        json.dumps({"stage": stage, "seconds": seconds}) + "\n" for stage, seconds in took))
+        json.dumps({"stage": stage, "steps": steps, "seconds": seconds}) + "\n"
+        for stage, steps, seconds in took))
     paper_main(paper, monkeypatch, "time", "--seeds", 1, "--out", tmp_path)
     page = (tmp_path / "time.md").read_text(encoding="utf-8")
     # the paper: 1938, 5373 and 18802 seconds
-    assert "| fine-tuning | 4.0 (n = 1) | 1.00 | 1938 | 1.00 | 484 |" in page
-    assert "| self-distillation | 8.0 (n = 1) | 2.00 | 18802 | 9.70 | 2350 |" in page
+    assert "| fine-tuning | 4.0 (n = 1) | 1 | 1938 | 1 | 484 |" in page
+    assert "| self-distillation | 8.0 (n = 1) | 2 | 18802 | 9.7 | 2.35e+03 |" in page
+    assert "| further pre-training | – | – | 5373 | 2.77 | – |" in page
 
 
 @pytest.mark.parametrize("name, dataset", [("figure4", "flower"), ("figure5b", "cub"),
@@ -2979,12 +3005,54 @@ def test_figures_are_drawn(paper, monkeypatch, tmp_path, name, dataset):
             finished(paper, cell.command, {"fine-tuning": 0.2, "further pre-training": 0.3 + seed,
                                            "self-distillation": 0.4 + 0.1 * number})
     paper_main(paper, monkeypatch, name, "--datasets", dataset, "--seeds", 2, "--out", tmp_path)
-    picture = np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB"))
-    assert min(picture.shape[:2]) > 200 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
+    picture = np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB")).astype(int)
+    assert min(picture.shape[:2]) > 200
+    rows = {"figure3": 3, "figure4": 1, "figure5b": 3}[name]
+    for colour in ((31, 119, 180), (255, 127, 14), (44, 160, 44))[:rows]:  # matplotlib's first
+        there = (abs(picture - colour) < 10).all(2)
+        across = np.flatnonzero(there.any(0))  # a line or bar, not only the legend's sample
+        assert there.sum() > 300 and np.ptp(across) > 40, colour
     assert f"![Figure {name[6:]}" in (tmp_path / f"{name}.md").read_text(encoding="utf-8")
     if name == "figure3":  # more examples than there are on disk were not asked for
         values = json.loads((tmp_path / f"{name}.json").read_text())["values"]
         assert {value["x"] for value in values} == {1000, 2500}
+
+
+def test_a_folder_of_other_settings_is_not_taken_for_the_answer(paper, monkeypatch, tmp_path):
+    words = paper.command("distill.py", "cub", "laptop", 0)
+    monkeypatch.setattr(paper, "on_disk", lambda dataset: (1500, 1389, 50))
+    finished(paper, words, {"further pre-training": 0.1, "self-distillation": 0.1})
+    few = paper.SETTINGS["laptop", "image"] | {"steps": 151}
+    monkeypatch.setitem(paper.SETTINGS, ("laptop", "image"), few)
+    with pytest.raises(BadInput, match="holds a run with another steps"):
+        paper_main(paper, monkeypatch, "figure5a", "--datasets", "cub", "--seeds", 1, "--out",
+                   tmp_path)
+
+
+def test_a_failed_run_is_told_and_the_others_go_on(paper, monkeypatch, tmp_path):
+    few = paper.SETTINGS["laptop", "few"]
+    monkeypatch.setitem(paper.SETTINGS, ("laptop", "image"), few)
+    run_one = paper.subprocess.run
+    monkeypatch.setattr(paper.subprocess, "run", lambda words, cwd: (
+        subprocess.CompletedProcess(words, 1) if "--rounds" in words else run_one(words, cwd)))
+    with pytest.raises(OSError, match="these runs failed.*--rounds 0.*--rounds 2.*--rounds 3"):
+        paper_main(paper, monkeypatch, "figure4", "--datasets", "toybirds", "--seeds", 1, "--out",
+                   tmp_path)
+    page = (tmp_path / "figure4.md").read_text(encoding="utf-8")
+    assert page.count("Failed, and so missing: `python distill.py") == 3
+    assert "| toybirds, 1 |" in page and "| toybirds, 2 |" not in page
+
+
+def test_a_dry_run_lists_commands_and_runs_none(tmp_path):
+    done = program("experiments/paper.py", "table6", "--datasets", "toybirds", "--seeds", "2",
+                   "--dry-run", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    first, *lines = done.stdout.splitlines()
+    assert first.startswith("table6: 8 runs, 0 finished, 8 to do, about ")
+    assert len(lines) == 8 and not list(tmp_path.iterdir())
+    for line in lines:
+        words = shlex.split(line.split("python ")[1])
+        assert run.parse("distill", "", words[1:]).dataset == "toybirds"
 
 
 def test_a_missing_data_set_leaves_its_cells_empty(paper, monkeypatch, tmp_path):

@@ -13,12 +13,14 @@ laptop: the bundled tiny weights, few steps, whatever data are on disk; the sett
 tune.py on a held-out tenth of the training sets. paper: the paper's weights, steps and data.
 """
 import argparse
+import functools
 import json
 import math
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -43,12 +45,12 @@ SETTINGS = {
         init="tiny", steps=150, batch_size=64, lr=5e-4, finetune_steps=150, finetune_batch_size=32,
         finetune_lr=1e-3),
     ("laptop", "text"): dict(
-        init="tiny", steps=40, batch_size=32, lr=5e-4, finetune_steps=250, finetune_batch_size=8,
-        finetune_lr=3e-4)}
+        init="tiny", steps=30, batch_size=32, lr=5e-4, finetune_steps=150, finetune_batch_size=16,
+        finetune_lr=5e-4)}
 OWN = {  # what a baseline adds
     ("laptop", "image"): {"recadam": dict(recadam_t0=40), "mars": dict(mars_radius=0.5),
                           "r3f": dict(r3f_eps=0.3)},
-    ("laptop", "text"): {"recadam": dict(recadam_t0=100), "mars": dict(mars_radius=0.5),
+    ("laptop", "text"): {"recadam": dict(recadam_t0=40), "mars": dict(mars_radius=0.5),
                          "r3f": dict(r3f_eps=0.1)}}
 # milliseconds an example: fine-tuning, further pre-training, self-distillation. laptop: one core
 # of an AMD EPYC; paper: its times on an RTX 3090, where a text is taken to cost what a picture does
@@ -76,10 +78,11 @@ def command(program: str, dataset: str, scale: str, seed: int, **changes: object
     return (*words, "--seed", str(seed), "--out", out)
 
 
+@functools.cache
 def filled(words: tuple[str, ...]) -> run.Config:
     """A command's settings with the defaults filled in, for the published number of examples."""
     config = run.parse(words[0].removesuffix(".py"), "", list(words[1:]))
-    width = 128 if "/laptop-" in words[-1] else 768
+    width = 128 if "laptop-" in words[-1] else 768  # of the weights; the folder names the scale
     model = SimpleNamespace(modality=config.modality, config=SimpleNamespace(width=width))
     return run.fill(config, model, pages.PUBLISHED[config.dataset][0])
 
@@ -172,7 +175,7 @@ class Result(NamedTuple):
     """A table or figure: its cells, its data sets, what is read from a run, how it is shown."""
 
     title: str
-    cells: object
+    cells: Callable[[str, str, int], list[Cell]] | None
     datasets: tuple[str, ...]
     value: str = "score"
     x: str = ""
@@ -234,23 +237,37 @@ def stages(words: tuple[str, ...]) -> Iterable[tuple[tuple, str, float]]:
     yield ("row", where, tuned), "fine-tuning", examples
     if words[0] == "distill.py":
         model = ("further", where, *(getattr(config, name) for name in run.FURTHER))
+        teach = tuple(getattr(config, name) for name in run.FURTHER + run.STUDENT)
         yield model, "further pre-training", config.steps * config.batch_size
         yield ("row", model, tuned), "fine-tuning", examples
         for t in range(1, config.rounds + 1):
-            model = ("student", t, model[-len(run.FURTHER) - 1:], config.match, config.mae_weight)
+            model = ("student", t, where, teach)
             yield model, "self-distillation", config.steps * config.batch_size
         if config.rounds:
             yield ("row", model, tuned), "fine-tuning", examples
 
 
+def finished(words: tuple[str, ...]) -> bool:
+    """Whether the command's folder has its results; `BadInput` if they are of other settings."""
+    if not (folder(words) / "results.json").exists():
+        return False
+    told = json.loads((folder(words) / "config.json").read_text(encoding="utf-8"))["settings"]
+    now = json.loads(json.dumps(asdict(filled(words))))  # tuples become lists
+    changed = [name for name in now if name not in run.HARMLESS and now[name] != told.get(name)]
+    if changed:
+        raise fetch.BadInput(f"{words[-1]} holds a run with another {', '.join(changed)}: "
+                             "move the folder away")
+    return True
+
+
 def plan(cells: list[Cell], scale: str) -> list[tuple[tuple[str, ...], float]]:
     """The commands that are still to run, in order, each with its estimated seconds."""
     commands, known, left = list(dict.fromkeys(cell.command for cell in cells)), set(), []
+    there = {words for words in commands if finished(words)}
+    for words in there:
+        known |= {what for what, _, _ in stages(words)}
     for words in commands:
-        if (folder(words) / "results.json").exists():
-            known |= {what for what, _, _ in stages(words)}
-    for words in commands:
-        if (folder(words) / "results.json").exists():
+        if words in there:
             continue
         costs = dict(zip(pages.PAPER_SECONDS, MILLISECONDS[scale, filled(words).modality]))
         new = {what: costs[kind] / 1000 * examples for what, kind, examples in stages(words)
@@ -299,11 +316,11 @@ def duration(seconds: float) -> str:
 # ----------------------------------------------------------------------------- what they measured
 
 
-def stage_seconds(path: Path, stage: str) -> float | None:
-    """The time that a stage took, over all its starts; None where it was taken from elsewhere."""
+def stage_seconds(path: Path, stage: str, steps: int) -> float | None:
+    """The time that a whole stage took; None where it was taken from elsewhere or interrupted."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    seconds = [told["seconds"] for told in map(json.loads, lines) if told["stage"] == stage]
-    return sum(seconds) if seconds else None
+    return next((told["seconds"] for told in map(json.loads, lines)
+                 if (told["stage"], told["steps"]) == (stage, steps)), None)
 
 
 def distance_from_start(cell: Cell, scale: str) -> float:
@@ -322,16 +339,17 @@ def collect(cells: list[Cell], scale: str) -> list[dict]:
     """Every finished cell with what its run measured, seed by seed."""
     values = []
     for cell in cells:
-        path = folder(cell.command) / "results.json"
+        path, config = folder(cell.command) / "results.json", filled(cell.command)
         if not path.exists():
             continue
+        steps = config.finetune_steps if cell.row == "fine-tuning" else config.steps
         found = json.loads(path.read_text(encoding="utf-8"))
         row = next(row for row in found["rows"] if row["method"] == cell.method)
         if ".safetensors" in " ".join(cell.command):
             row["distance"] = distance_from_start(cell, scale)
         values.append({
             **row, "row": cell.row, "dataset": cell.dataset, "x": cell.x, "seed": cell.seed,
-            "seconds": stage_seconds(path.with_name("timing.jsonl"), cell.method),
+            "seconds": stage_seconds(path.with_name("timing.jsonl"), cell.row, steps),
             **{name: found[name] for name in ("n_train", "n_test", "num_classes")},
             "command": shlex.join(cell.command)})
     return values
@@ -353,9 +371,12 @@ def main() -> None:
                         help="pre-train once and fine-tune with every seed, as the authors did")
     args = parser.parse_args()
     result = RESULTS[args.name]
-    datasets = args.datasets or result.datasets
+    datasets = list(dict.fromkeys(args.datasets or result.datasets))
     if args.seeds < 1:
         raise fetch.BadInput(f"--seeds is {args.seeds}: use at least 1")
+    if args.one_checkpoint and args.name == "figure3":
+        raise fetch.BadInput("figure3 takes other examples with every seed, so that one checkpoint "
+                             "cannot serve them all: leave out --one-checkpoint")
     here, missing = {}, {}
     for dataset in datasets:
         try:  # at the paper's size the programs download what is not there
@@ -379,10 +400,12 @@ def main() -> None:
         return
     failed = carry_out(left)
     words = ["experiments/paper.py", *sys.argv[1:]]
-    record = {"name": args.name, "title": result.title, "value": result.value, "x": result.x,
-              "datasets": list(datasets), "scale": args.scale, "seeds": args.seeds,
-              "one_checkpoint": args.one_checkpoint, "command": f"python {shlex.join(words)}",
-              "machine": repeat.machine(), "absent": missing, "values": collect(cells, args.scale)}
+    record = {
+        "name": args.name, "title": result.title, "value": result.value, "x": result.x,
+        "datasets": datasets, "rows": list(dict.fromkeys(cell.row for cell in cells)),
+        "scale": args.scale, "seeds": args.seeds, "one_checkpoint": args.one_checkpoint,
+        "command": f"python {shlex.join(words)}", "machine": repeat.machine(), "absent": missing,
+        "failed": failed, "values": collect(cells, args.scale)}
     if args.name == "datasets":
         record["counts"] = here
     out = args.out

@@ -58,6 +58,8 @@ def machine() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), name)
     cores = torch.get_num_threads()
+    if torch.cuda.is_available():
+        name += f", {torch.cuda.get_device_name()}"
     return (f"{cores} core{'s' * (cores > 1)} of {name}, torch {torch.__version__}, Python "
             f"{platform.python_version()}, {datetime.date.today()}")
 

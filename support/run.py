@@ -405,7 +405,8 @@ def load_data(config: Config, model: torch.nn.Module) -> fetch.Data:
         few = torch.randperm(len(data.test), generator=generator(config.seed, "smoke"))[:64]
         data = replace(
             data, test=data.test[few] if model.modality == "image" else data.test.take(few),
-            test_labels=None if data.test_labels is None else data.test_labels[few])
+            test_labels=None if data.test_labels is None else data.test_labels[few],
+            fingerprint=f"{data.fingerprint}-smoke")
     if config.train_size is None or config.train_size >= len(data.train):
         return data
     chosen = balanced(data.train_labels, len(data.train), config.train_size,
@@ -468,8 +469,10 @@ def folder(program: str, config: Config, model: torch.nn.Module, examples: int) 
 
 
 def digest(model: torch.nn.Module) -> str:
-    """A hash of all of a model's weights."""
-    total = hashlib.blake2b(digest_size=16)
+    """A hash of all of a model's weights, its sizes and its tokenizer."""
+    total = hashlib.blake2b(repr(model.config).encode(), digest_size=16)
+    if getattr(model, "tokenizer", None):
+        total.update(model.tokenizer.to_str().encode())
     for name, tensor in sorted(model.state_dict().items()):
         values = tensor.cpu().contiguous().flatten().view(torch.uint8)
         total.update(name.encode() + values.numpy().tobytes())
@@ -631,7 +634,8 @@ class Run:
         depends = facts | {name: getattr(config, name) for name in names} | {
             "torch": torch.__version__, "device": device(config).type, "bf16": uses_bf16(config),
             "code": [fetch.digest(fetch.ROOT / name)
-                     for name in (*code, "mae.py", "mlm.py", "baselines.py", "support/run.py")]}
+                     for name in (*code, "mae.py", "mlm.py", "baselines.py", "support/images.py",
+                                  "support/texts.py", "support/run.py")]}
         depends = json.dumps(depends, sort_keys=True).encode()
         return hashlib.blake2b(depends, digest_size=16).hexdigest()
 
