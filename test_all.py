@@ -3055,6 +3055,16 @@ def test_a_dry_run_lists_commands_and_runs_none(tmp_path):
         assert run.parse("distill", "", words[1:]).dataset == "toybirds"
 
 
+def test_documented_tables_have_a_plan(tmp_path):
+    """The README's commands of experiments/paper.py, as a dry run: without data, at either size."""
+    lines = re.findall(r"python (experiments/paper.py [^#\n]*)",
+                       (ROOT / "README.md").read_text(encoding="utf-8"))
+    plans = [program(*line.strip("` ").split(), "--dry-run", DATA_DIR=str(tmp_path))
+             for line in dict.fromkeys(lines) if " and so on" not in line]
+    assert len(plans) >= 3 and all(plan.returncode == 0 for plan in plans), plans
+    assert any(re.search(r"table1: 120 runs.*days", plan.stdout) for plan in plans)  # 6 · 4 · 5
+
+
 def test_a_missing_data_set_leaves_its_cells_empty(paper, monkeypatch, tmp_path):
     monkeypatch.setenv("DATA_DIR", str(tmp_path))
     paper_main(paper, monkeypatch, "table2", "--datasets", "scierc", "--out", tmp_path)
