@@ -211,8 +211,7 @@ def one_checkpoint(cell: Cell, scale: str) -> Cell:
         kind = "further" if cell.method == "further pre-training" else f"distilled-{first.rounds}"
         folder = first.out.removesuffix(f"seed{cell.seed}") + "seed0"
         source = {"init": f"{folder}/{kind}.safetensors"}
-    sizes = {} if first.train_size is None else {"train_size": first.train_size}
-    words = command("finetune.py", cell.dataset, scale, cell.seed, **sizes, **source)
+    words = command("finetune.py", cell.dataset, scale, cell.seed, **source)
     return cell._replace(command=words, method="fine-tuning")
 
 
@@ -325,9 +324,7 @@ def stage_seconds(path: Path, stage: str, steps: int) -> float | None:
 
 def distance_from_start(cell: Cell, scale: str) -> float:
     """‖θ_init - θ‖ of a classifier that was fine-tuned from a checkpoint, to θ_init itself."""
-    config = run.check(run.Config(dataset=cell.dataset, **{
-        name: value for name, value in SETTINGS[scale, modality(cell.dataset)].items()
-        if name == "init"}))
+    config = filled(command("distill.py", cell.dataset, scale, cell.seed))
     start = run.load_model(mlm.MLM if config.modality == "text" else mae.MAE, config).encoder
     tensors, _ = fetch.read_weights(folder(cell.command) / "finetuned-fine-tuning.safetensors")
     squares = [(tensor.double() - tensors[f"encoder.{name}"].double()).square().sum().item()
