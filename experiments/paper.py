@@ -45,7 +45,7 @@ SETTINGS = {
         init="tiny", steps=150, batch_size=64, lr=5e-4, finetune_steps=150, finetune_batch_size=32,
         finetune_lr=1e-3),
     ("laptop", "text"): dict(
-        init="tiny", steps=30, batch_size=32, lr=2e-4, finetune_steps=150, finetune_batch_size=16,
+        init="tiny", steps=30, batch_size=32, lr=2e-4, finetune_steps=250, finetune_batch_size=16,
         finetune_lr=5e-4)}
 OWN = {  # what a baseline adds
     ("laptop", "image"): {"recadam": dict(recadam_t0=40), "mars": dict(mars_radius=0.5),
