@@ -3047,8 +3047,8 @@ def test_a_dry_run_lists_commands_and_runs_none(tmp_path):
     done = program("experiments/paper.py", "table6", "--datasets", "toybirds", "--seeds", "2",
                    "--dry-run", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    first, *lines = done.stdout.splitlines()
-    assert first.startswith("table6: 8 runs, 0 finished, 8 to do, about ")
+    *lines, last = done.stdout.splitlines()
+    assert last.startswith("table6: 8 runs, 0 finished, 8 to do, about ")
     assert len(lines) == 8 and not list(tmp_path.iterdir())
     for line in lines:
         words = shlex.split(line.split("python ")[1])
@@ -3103,7 +3103,9 @@ def test_a_killed_sweep_repeats_nothing(paper, monkeypatch, tmp_path, capsys):
         paper.command("distill.py", "toybirds", "laptop", 0, rounds=t)[-1] for t in (2, 3)]
     capsys.readouterr()
     paper_main(paper, monkeypatch, *words)
-    assert "4 runs, 4 finished, 0 to do" in capsys.readouterr().out and len(paper.done) == 5
+    shown = capsys.readouterr().out
+    assert "4 runs, 4 finished, 0 to do" in shown and shown.count("    done  python") == 4
+    assert len(paper.done) == 5
     values = json.loads((tmp_path / "figure5c.json").read_text())["values"]
     assert [value["x"] for value in values] == [0, 1, 2, 3]
     assert len({value["distance"] for value in values}) == 4

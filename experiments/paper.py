@@ -259,21 +259,22 @@ def finished(words: tuple[str, ...]) -> bool:
     return True
 
 
-def plan(cells: list[Cell], scale: str) -> list[tuple[tuple[str, ...], float]]:
-    """The commands that are still to run, in order, each with its estimated seconds."""
-    commands, known, left = list(dict.fromkeys(cell.command for cell in cells)), set(), []
+def plan(cells: list[Cell], scale: str) -> list[tuple[tuple[str, ...], float | None]]:
+    """The commands in order, each with its estimated seconds; None where it is finished."""
+    commands, known, planned = list(dict.fromkeys(cell.command for cell in cells)), set(), []
     there = {words for words in commands if finished(words)}
     for words in there:
         known |= {what for what, _, _ in stages(words)}
     for words in commands:
         if words in there:
+            planned.append((words, None))
             continue
         costs = dict(zip(pages.PAPER_SECONDS, MILLISECONDS[scale, filled(words).modality]))
         new = {what: costs[kind] / 1000 * examples for what, kind, examples in stages(words)
                if what not in known}
         known |= set(new)
-        left.append((words, sum(new.values()) + 5))  # 5 s to start
-    return left
+        planned.append((words, sum(new.values()) + 5))  # 5 s to start
+    return planned
 
 
 def on_disk(dataset: str) -> tuple[int, int, int]:
@@ -387,13 +388,13 @@ def main() -> None:
              if (filled(cell.command).train_size or 0) <= here[dataset][0]]
     if args.one_checkpoint:
         cells = [one_checkpoint(cell, args.scale) for cell in cells]
-    left = plan(cells, args.scale)
-    total = len({cell.command for cell in cells})
-    print(f"{args.name}: {total} runs, {total - len(left)} finished, {len(left)} to do, about "
-          f"{duration(sum(seconds for _, seconds in left))}", flush=True)
+    planned = plan(cells, args.scale)
+    left = [(words, seconds) for words, seconds in planned if seconds is not None]
+    for words, seconds in planned:
+        print(f"{'done' if seconds is None else duration(seconds):>8}  python {shlex.join(words)}")
+    print(f"{args.name}: {len(planned)} runs, {len(planned) - len(left)} finished, {len(left)} to "
+          f"do, about {duration(sum(seconds for _, seconds in left))}", flush=True)
     if args.dry_run:
-        for words, seconds in left:
-            print(f"{duration(seconds):>8}  python {shlex.join(words)}")
         return
     failed = carry_out(left)
     words = ["experiments/paper.py", *sys.argv[1:]]
