@@ -244,6 +244,6 @@ def draw(record: dict, path: Path) -> None:
         axes[0, 0].set_ylabel(axis_name)
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(rows))
-    figure.suptitle(f"{record['title']} (mean ± standard deviation, {seeds} seeds)", fontsize=10)
+    figure.suptitle(f"{record['title']}\nmean ± standard deviation, {seeds} seeds", fontsize=10)
     figure.savefig(path, dpi=120)
     plt.close(figure)
