@@ -50,8 +50,8 @@ SETTINGS = {
 OWN = {  # what a baseline adds
     ("laptop", "image"): {"recadam": dict(recadam_t0=40), "mars": dict(mars_radius=0.5),
                           "r3f": dict(r3f_eps=0.3)},
-    ("laptop", "text"): {"recadam": dict(recadam_t0=40), "mars": dict(mars_radius=2.0),
-                         "r3f": dict(r3f_eps=0.01)}}
+    ("laptop", "text"): {"recadam": dict(recadam_t0=40), "mars": dict(mars_radius=0.5),
+                         "r3f": dict(r3f_eps=0.1)}}
 # milliseconds an example: fine-tuning, further pre-training, self-distillation. laptop: one core
 # of an AMD EPYC; paper: its times on an RTX 3090, where a text is taken to cost what a picture does
 MILLISECONDS = {("laptop", "image"): (2.4, 1.8, 4.5), ("laptop", "text"): (8.0, 11.0, 24.0),
