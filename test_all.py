@@ -1904,22 +1904,24 @@ def test_unpack_takes_the_inner_folder_or_all(tmp_path, pack):
 
 @pytest.mark.parametrize("name, kind, content", [
     ("../evil", tarfile.REGTYPE, b"x"), ("a/../../evil", tarfile.REGTYPE, b"x"),
-    ("/tmp/evil-of-self-distillation", tarfile.REGTYPE, b"x"), ("C:\\evil", tarfile.REGTYPE, b"x"),
+    ("{tmp_path}/evil", tarfile.REGTYPE, b"x"), ("C:\\evil", tarfile.REGTYPE, b"x"),
     ("link", tarfile.SYMTYPE, "../../evil"), ("link", tarfile.SYMTYPE, "/etc/passwd"),
     ("hard", tarfile.LNKTYPE, "../evil"), ("device", tarfile.CHRTYPE, ""),
     ("pipe", tarfile.FIFOTYPE, "")])
 def test_unpack_refuses_hostile_tars(tmp_path, name, kind, content):
+    name = name.format(tmp_path=tmp_path)  # an absolute path that the test may look at
     archive = data_tar(tmp_path / "x.tgz", DATA_GOOD_TAR[0], (name, kind, content))
     with pytest.raises(BadInput, match="x.tgz cannot be unpacked"):
         fetch.unpack(archive, tmp_path / "deep" / "out")
     assert serve_only(tmp_path) == ["deep", "x.tgz"] and serve_only(tmp_path / "deep") == []
-    assert not Path("/tmp/evil-of-self-distillation").exists()
+    assert not (tmp_path / "evil").exists()
 
 
 @pytest.mark.parametrize("name, mode", [
-    ("../evil", 0), ("/tmp/evil-of-self-distillation", 0), ("..\\evil", 0), ("C:/evil", 0),
+    ("../evil", 0), ("{tmp_path}/evil", 0), ("..\\evil", 0), ("C:/evil", 0),
     ("link", stat.S_IFLNK | 0o777), ("device", stat.S_IFCHR | 0o666)])
 def test_unpack_refuses_hostile_zips(tmp_path, name, mode):
+    name = name.format(tmp_path=tmp_path)
     archive = data_zip(tmp_path / "x.zip", DATA_GOOD_ZIP[0], (name, mode, b"/etc/passwd"))
     with pytest.raises(BadInput, match="x.zip cannot be unpacked"):
         fetch.unpack(archive, tmp_path / "deep" / "out")

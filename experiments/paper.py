@@ -13,14 +13,13 @@ laptop: the bundled tiny weights, few steps, whatever data are on disk; the sett
 tune.py on a held-out tenth of the training sets. paper: the paper's weights, steps and data.
 """
 import argparse
+import copy
 import functools
 import json
-import math
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -251,10 +250,8 @@ def finished(words: tuple[str, ...]) -> bool:
     if not (folder(words) / "results.json").exists():
         return False
     told = json.loads((folder(words) / "config.json").read_text(encoding="utf-8"))["settings"]
-    now = json.loads(json.dumps(asdict(filled(words))))  # tuples become lists
-    changed = [name for name in now if name not in run.HARMLESS and now[name] != told.get(name)]
-    if changed:
-        raise fetch.BadInput(f"{words[-1]} holds a run with another {', '.join(changed)}: "
+    if names := run.changed(told, run.recorded(filled(words))):
+        raise fetch.BadInput(f"{words[-1]} holds a run with another {', '.join(names)}: "
                              "move the folder away")
     return True
 
@@ -328,9 +325,9 @@ def distance_from_start(cell: Cell, scale: str) -> float:
     config = filled(command("distill.py", cell.dataset, scale, cell.seed))
     start = run.load_model(mlm.MLM if config.modality == "text" else mae.MAE, config).encoder
     tensors, _ = fetch.read_weights(folder(cell.command) / "finetuned-fine-tuning.safetensors")
-    squares = [(tensor.double() - tensors[f"encoder.{name}"].double()).square().sum().item()
-               for name, tensor in start.state_dict().items()]
-    return math.sqrt(sum(squares))
+    tuned = copy.deepcopy(start)
+    tuned.load_state_dict({name: tensors[f"encoder.{name}"] for name in start.state_dict()})
+    return finetune.distance(start, tuned)
 
 
 def collect(cells: list[Cell], scale: str) -> list[dict]:

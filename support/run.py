@@ -468,6 +468,18 @@ def folder(program: str, config: Config, model: torch.nn.Module, examples: int) 
     return Path("runs") / f"{parts}-seed{config.seed}"
 
 
+def recorded(config: Config) -> dict:
+    """The settings as config.json holds them."""
+    return {name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(config).items()}
+
+
+def changed(before: dict, now: dict) -> list[str]:
+    """The names in `now` whose values differ from before, bar those that change no result."""
+    return [name for name, value in now.items()
+            if name not in HARMLESS and before.get(name) != value]
+
+
 def digest(model: torch.nn.Module) -> str:
     """A hash of all of a model's weights, its sizes and its tokenizer."""
     total = hashlib.blake2b(repr(model.config).encode(), digest_size=16)
@@ -504,8 +516,7 @@ class Run:
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        settings = {name: list(value) if isinstance(value, tuple) else value
-                    for name, value in asdict(config).items()}
+        settings = recorded(config)
         self.lineage = {name: str(getattr(config, name)) for name in ("dataset", "init", "seed")}
         self.config, self.facts = config, facts
         known = folder / "config.json"
@@ -517,12 +528,10 @@ class Run:
             return
         record = json.loads(known.read_text(encoding="utf-8"))
         before, now = record["settings"] | record["facts"], settings | facts
-        changed = [f"{name} was {before.get(name)}, now {value}" for name, value in now.items()
-                   if name not in HARMLESS and before.get(name) != value]
-        if changed:
-            raise fetch.BadInput(
-                f"{folder} holds a run with other settings ({'; '.join(changed)}): "
-                "choose another --out or delete the folder")
+        if names := changed(before, now):
+            told = "; ".join(f"{name} was {before.get(name)}, now {now[name]}" for name in names)
+            raise fetch.BadInput(f"{folder} holds a run with other settings ({told}): "
+                                 "choose another --out or delete the folder")
 
     def results(self) -> dict | None:
         """The finished run's results.json, or None."""
