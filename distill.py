@@ -22,7 +22,7 @@ import baselines
 import finetune
 import mae
 import mlm
-from support import fetch, images, run
+from support import fetch, images, parallel, run
 from support.run import Config
 
 # ----------------------------------------------------------------------------- line 10: L_MAE
@@ -90,17 +90,10 @@ def weight_matching(student: nn.Module, teacher: nn.Module, distance: str) -> Te
 
 def matching(student: nn.Module, teacher: nn.Module, x: Tensor, mask: Tensor, known: dict,
              config: Config) -> Tensor:
-    """What stands in line 11's place under --match: [B], or a scalar for weights."""
-    if config.match in ("l2", "mars"):
-        return weight_matching(student, teacher, config.match)
+    """What stands in line 11's place under --match prediction, l2 or mars: [B]."""
     if config.match == "prediction":
         return prediction_matching(student, teacher, x, mask, known)
-    with torch.no_grad():
-        target = teacher.encoder(x)  # [B, 1+K, D], of the unmasked input
-    hidden = student.encoder(x)  # [B, 1+K, D]
-    if config.match == "cls":
-        hidden, target = hidden[:, :1], target[:, :1]  # [B, 1, D]
-    return distillation_loss(hidden, target)
+    return weight_matching(student, teacher, config.match).expand(len(x))  # [B] the same for all
 
 
 # ----------------------------------------------------------------------------- Algorithm 1
@@ -120,25 +113,36 @@ def pretrain(student: nn.Module, teacher: nn.Module | None, inputs: object, conf
     where, name = run.device(config), "self-distillation" if teacher else "further pre-training"
     student.to(where).train()
     run.compiled(student.encoder, config)
-    optimiser, inputs = adamw(student, config), run.place(inputs, where)
+    model, optimiser = parallel.wrap(student), adamw(student, config)
+    inputs, weight = run.place(inputs, where), config.mae_weight if teacher else 1.0
+    of_states = teacher is not None and config.match in ("hidden", "cls")
+    matched = slice(1) if config.match == "cls" else slice(None)  # of the K positions
+    if of_states:
+        target = run.remembered(lambda x: teacher.encoder(x)[:, matched], inputs, config,
+                                this.folder)
     for step in this.stage(  # 4
             name, t, student, optimiser, config.steps, config.lr, config.warmup, config):
         index = run.draw_batch(len(inputs), config.batch_size, config.seed, "order", t, step)
         x = run.batch(inputs, index, where)  # 5: {x_j} from D_u
         draws = run.generator(config.seed, "mask", t, step)
-        with run.autocast(config):  # 6: for all j, at once
-            mask, known = mask_input(student, x, config, draws)  # 7-9: z_j, Z_j, x̂_j
-            l1 = student.loss(x, mask, **known).mean()  # 10, 13: L1 = 1/B Σ_j ℓ¹_j
-            l2 = torch.zeros((), device=where)
-            if teacher:  # 11, 13: L2 = 1/B Σ_j ℓ²_j
-                l2 = matching(student, teacher, x, mask, known, config).mean()
-        loss = (config.mae_weight if teacher else 1.0) * l1 + l2
-        loss.backward()
+        mask, known = mask_input(student, x, config, draws)  # 7-9: z_j, Z_j, x̂_j
+        L1 = L2 = torch.zeros((), device=where)
+        for part in parallel.parts(model, len(x), config.accumulate):  # 6: for all j, at once
+            x_j, z_j, known_j = x[part], mask[part], run.cut(known, part)
+            with run.autocast(config):
+                l1, hidden = model(x_j, z_j, of_states, **known_j)  # 10: ℓ¹_j
+                l2 = torch.zeros_like(l1)
+                if of_states:  # 11: ℓ²_j
+                    l2 = distillation_loss(hidden[:, matched], target(index[part], x_j))
+                elif teacher:
+                    l2 = matching(student, teacher, x_j, z_j, known_j, config)
+            l1, l2 = parallel.share(l1, len(x)), parallel.share(l2, len(x))  # 13: 1/B Σ_j ℓ_j
+            (weight * l1 + l2).backward()
+            L1, L2 = L1 + l1.detach(), L2 + l2.detach()
         norm = run.clip_gradient(student, config.clip)
         optimiser.step()  # 14-15: θ by ∂(L1 + L2)/∂θ; φ by ∂L1/∂φ, as φ is not in line 11's L2
         optimiser.zero_grad()
-        losses = {"mae_loss": l1.detach()} | ({"distill_loss": l2.detach()} if teacher else {})
-        this.log(**losses, grad_norm=norm)
+        this.log(**{"mae_loss": L1} | ({"distill_loss": L2} if teacher else {}), grad_norm=norm)
     return student.eval()
 
 
@@ -198,7 +202,7 @@ def main() -> None:
         made = {"further pre-training": models[0], "self-distillation": models[-1]}
         if not config.rounds:
             del made["self-distillation"]
-        if model.modality == "image":
+        if this.folder and model.modality == "image":
             draw_reconstructions({"initial weights": model, **made}, data, config,
                                  this.folder / "reconstructions.png")
         rows = {"fine-tuning": model, **made}

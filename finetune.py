@@ -10,6 +10,7 @@ tanh -> linear).
 
 Letters: B batch, K positions, D width, C classes, N examples.
 """
+import collections
 import copy
 from dataclasses import asdict, replace
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 import baselines
 import mae
 import mlm
-from support import fetch, run, texts
+from support import fetch, parallel, run, texts
 
 # ----------------------------------------------------------------------------- scores (§5)
 
@@ -95,13 +96,14 @@ class Classifier(nn.Module):
 def predict(classifier: Classifier, inputs: object, config: run.Config) -> Tensor:
     """Logits float32 [N, C], on the CPU, of all examples in eval mode, without augmentation."""
     classifier.eval()
-    where, logits, order = run.device(config), [], torch.arange(len(inputs))
+    where, order = run.device(config), torch.arange(len(inputs))
+    logits = torch.zeros(len(inputs), classifier.linear.out_features, device=where)  # [N, C]
     if isinstance(inputs, texts.Texts):
         order = inputs.offsets.diff().argsort()  # alike lengths together: little padding
-    for index in order.split(256):
+    for index in order.split(256)[parallel.rank()::parallel.world()]:
         with run.autocast(config):
-            logits.append(classifier(run.batch(inputs, index, where)).float().cpu())
-    return torch.cat(logits)[order.argsort()]  # [N, C]
+            logits[index] = classifier(run.batch(inputs, index, where)).float()
+    return parallel.total(logits).cpu()
 
 
 def distance(before: nn.Module, after: nn.Module) -> float:
@@ -157,7 +159,7 @@ def train(classifier: Classifier, inputs: object, labels: Tensor, config: run.Co
     pairs = baselines.mars_pairs(encoder, encoder.state_dict()) if config.method == "mars" else []
     inputs = run.place(inputs, where)
     run.compiled(encoder, config)
-    classifier.train()
+    model = parallel.wrap(classifier.train())
     for step in this.stage(stage, 0, classifier, optimiser, config.finetune_steps,
                            config.finetune_lr, config.finetune_warmup, config):
         index = run.draw_batch(len(inputs), config.finetune_batch_size, config.seed,
@@ -166,25 +168,31 @@ def train(classifier: Classifier, inputs: object, labels: Tensor, config: run.Co
         if not classifier.reads_text:  # the release's only augmentation: a horizontal flip, p = 0.5
             flip = torch.rand(len(x), generator=run.generator(config.seed, "flip", 0, step)) < 0.5
             x = torch.where(flip.to(where)[:, None, None, None], x.flip(3), x)
-        # R3F's noise is smaller than bf16's rounding of the input
-        with run.autocast(replace(config, precision="fp32") if config.method == "r3f" else config):
-            logits, logged = classifier(x), {}
-            if config.method == "r3f":
-                shape = (*x.shape, encoder.config.width) if classifier.reads_text else x.shape
-                draws = run.generator(config.seed, "noise", 0, step)
-                noise = torch.randn(shape, generator=draws).to(where)
-                noised = classifier(x, noise * config.r3f_eps)
-                loss = baselines.r3f_loss(logits, noised, y, config.r3f_weight).mean()
-                logged["kl"] = baselines.symmetric_kl(logits, noised).mean().detach()
-            else:
-                loss = F.cross_entropy(logits.float(), y)
-        loss.backward()
+        if config.method == "r3f":
+            shape = (*x.shape, encoder.config.width) if classifier.reads_text else x.shape
+            noise = torch.randn(shape, generator=run.generator(config.seed, "noise", 0, step))
+            # smaller than bf16's rounding of the input
+            exact, noise = replace(config, precision="fp32"), noise.to(where) * config.r3f_eps
+        logged = collections.Counter(loss=0)
+        for part in parallel.parts(model, len(x), config.accumulate):
+            with run.autocast(exact if config.method == "r3f" else config):
+                logits = model(x[part])  # [B, C]
+                if config.method == "r3f":
+                    noised = model(x[part], noise[part])  # [B, C]
+                    losses = baselines.r3f_loss(logits, noised, y[part], config.r3f_weight)  # [B]
+                    kl = baselines.symmetric_kl(logits.detach(), noised.detach())  # [B]
+                    logged["kl"] += parallel.share(kl, len(x))
+                else:
+                    losses = F.cross_entropy(logits.float(), y[part], reduction="none")  # [B]
+            loss = parallel.share(losses, len(x))
+            loss.backward()
+            logged["loss"] += loss.detach()
         norm = run.clip_gradient(classifier, config.finetune_clip)
         optimiser.step()
         optimiser.zero_grad()
         if pairs:
             logged["projected"] = baselines.project_all(pairs, config.mars_radius)
-        this.log(loss=loss.detach(), grad_norm=norm, **logged)
+        this.log(**logged, grad_norm=norm)
 
 
 ROWS = {"finetune": "fine-tuning", "recadam": "RecAdam", "mars": "MARS", "r3f": "R3F"}
@@ -222,8 +230,9 @@ def fine_tune(model: nn.Module, data: fetch.Data, config: run.Config, this: run.
 
 def prepare(program: str, config: run.Config) -> tuple[nn.Module, fetch.Data, run.Config, run.Run]:
     """The model and data that the settings name, the settings filled in, and the run's folder."""
-    model = run.load_model(mlm.MLM if config.modality == "text" else mae.MAE, config)
-    data = run.load_data(config, model)
+    with parallel.in_turn():
+        model = run.load_model(mlm.MLM if config.modality == "text" else mae.MAE, config)
+        data = run.load_data(config, model)
     config = run.fill(config, model, len(data.train))
     folder = run.folder(program, config, model, len(data.train))
     check_recadam(config if program != "baselines" else replace(config, method="recadam"))

@@ -287,6 +287,15 @@ class MAE(nn.Module):
         error = (predicted - self.target(images, norm_pix)).square().mean(2)  # [B, K]
         return (error * mask).sum(1) / mask.sum(1).clamp(min=1)  # [B]
 
+    def forward(self, images: Tensor, mask: Tensor, unmasked: bool,
+                norm_pix: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Line 10's ℓ¹_j [B] and, if `unmasked`, line 11's f_θ(x_j) [B, 1+K, D], else None.
+
+        One call, as torch's DistributedDataParallel wants it.
+        """
+        loss = self.loss(images, mask, norm_pix)  # [B]
+        return loss, self.encoder(images) if unmasked else None
+
     def save(self, path: str | Path, **lineage: str) -> None:
         """Write the weights as safetensors, with their configuration and lineage as metadata."""
         described = {"model": "mae", **asdict(self.config)}

@@ -181,14 +181,32 @@ class MLM(nn.Module):
         """
         x_hat = ids.masked_fill(mask, self.config.mask_id) if corrupted is None else corrupted
         attention = ids != self.config.pad_id if attention is None else attention
-        hidden = self.encoder(x_hat, attention).flatten(0, 1)  # [B·K, D]
+        return self.nll(self.encoder(x_hat, attention), ids, mask)  # [B]
+
+    def nll(self, hidden: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """The loss [B] of hidden states f_θ(x̂) [B, K, D]."""
         # only the masked positions go through the head: nobody asks for the other scores
-        masked = hidden.index_select(0, mask.flatten().nonzero().squeeze(1))  # [M, D]
+        place = mask.flatten().nonzero().squeeze(1)  # [M]
+        masked = hidden.flatten(0, 1).index_select(0, place)  # [M, D]
         scores = self.head(masked, self.encoder.word.weight)  # [M, V]
         nll = F.cross_entropy(scores.float(), ids[mask], reduction="none")  # [M]
         nll = torch.zeros(ids.shape, device=ids.device).masked_scatter(mask, nll)  # [B, K]
         Z = mask.sum(1)  # [B]
         return nll.sum(1) / Z.clamp(min=1)
+
+    def forward(self, ids: Tensor, mask: Tensor, unmasked: bool,
+                corrupted: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Line 10's ℓ¹_j [B] and, if `unmasked`, line 11's f_θ(x_j) [B, K, D], else None.
+
+        One call, as torch's DistributedDataParallel wants it, and x̂ and x as one batch of 2B:
+        fewer, larger products.
+        """
+        attention = ids != self.config.pad_id  # [B, K]
+        if not unmasked:
+            return self.loss(ids, mask, attention, corrupted), None
+        both = self.encoder(torch.cat([corrupted, ids]), attention.repeat(2, 1))  # [2B, K, D]
+        masked, hidden = both.chunk(2)  # 2 of [B, K, D]
+        return self.nll(masked, ids, mask), hidden
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **sizes: int) -> "MLM":

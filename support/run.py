@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from support import fetch, images, texts
+from support import fetch, images, parallel, texts
 
 # ----------------------------------------------------------------------------- hyper-parameters
 # (modality, size, stage): the paper's where it says (§5, their code; see the README's table);
@@ -92,6 +92,9 @@ class Config:
         0, "seed of every draw: order, masks, initialisation, augmentation, dropout, noise")
     device: str = _flag("auto", "where to compute; auto takes the GPU if there is one", _TUNE,
                         ("auto", "cpu", "cuda", "mps"))
+    accumulate: int = _flag(
+        1, "work on a mini-batch in so many parts and add up their gradients: less memory, the "
+        "same result but for rounding and dropout", _TUNE)
     precision: str = _flag(
         "auto", "of the forward pass: fp32 is the paper's; auto is bf16 where a GPU has it. Use "
         "fp32 when a loss turns NaN", _TUNE, ("auto", "fp32", "bf16"))
@@ -235,7 +238,8 @@ def check(config: Config) -> Config:
     if config.mask_prob is not None and not 0 < config.mask_prob < 1:
         raise fetch.BadInput(f"--mask-prob is {config.mask_prob}, but a mask probability lies "
                              "between 0 and 1")
-    for name in ("steps", "batch_size", "finetune_steps", "finetune_batch_size", "train_size"):
+    for name in ("steps", "batch_size", "finetune_steps", "finetune_batch_size", "train_size",
+                 "accumulate"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise fetch.BadInput(f"--{name.replace('_', '-')} is {value}: use at least 1")
@@ -279,6 +283,11 @@ def fill(config: Config, model: torch.nn.Module, examples: int) -> Config:
             if getattr(config, name) is None:
                 new[name] = value
     config = replace(config, **new)
+    parts = config.accumulate * parallel.world()
+    if min(config.batch_size, config.finetune_batch_size) < parts:
+        raise fetch.BadInput(f"a batch of {min(config.batch_size, config.finetune_batch_size)} "
+                             f"cannot be shared out among {parallel.world()} processes with "
+                             f"--accumulate {config.accumulate}: use fewer or a larger batch")
     # a tiny model's learning rate is too high for RecAdam's own γ: lr·γ = 0.5, t0 early in a run
     if config.recadam_cof is None:
         config = replace(config, recadam_cof=0.5 / config.finetune_lr)
@@ -318,6 +327,9 @@ def draw_batch(examples: int, batch_size: int, seed: int, stream: str, round: in
 
 
 # ----------------------------------------------------------------------------- devices
+
+REMEMBERED = 2**34  # bytes of a teacher's hidden states: five times what CUB needs in float32
+
 
 
 def device(config: Config) -> torch.device:
@@ -364,6 +376,69 @@ def batch(inputs: object, index: torch.Tensor, where: torch.device) -> torch.Ten
     if x.dtype == torch.uint8:
         return images.normalise(x)
     return x if x.is_floating_point() else x.long()
+
+
+def cut(known: dict, part: slice) -> dict:
+    """The tensors of a dictionary cut to a part of the batch, the rest as it is."""
+    return {name: value[part] if isinstance(value, torch.Tensor) else value
+            for name, value in known.items()}
+
+
+def remembered(states: Callable[[torch.Tensor], torch.Tensor], inputs: object, config: Config,
+               folder: Path | None) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """A function of (index Long[B], their batch x) that gives states(x) [B, K, D] from memory.
+
+    For a frozen model, whose states of unchanging inputs are computed once, in batches that a run
+    carried on repeats. They lie on the GPU if they take at most a quarter of what is free there,
+    else in a file in the folder that is mapped into memory. What would take more than REMEMBERED
+    bytes or half of the free disk, or be asked for less than once each, is computed as needed.
+    """
+    where = device(config)
+
+    def fresh(index: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad(), autocast(config):
+            return states(x)
+
+    x = batch(inputs, torch.arange(1), where)
+    one = fresh(None, x)  # [1, K, D]
+    # states of texts lie end to end as their tokens do: no padding is kept
+    flat = isinstance(inputs, texts.Texts) and one.shape[1] == x.shape[1]
+    shape = (len(inputs.ids), one.shape[2]) if flat else (len(inputs), *one.shape[1:])
+    size, folder = math.prod(shape) * one.element_size(), parallel.agree(folder)
+    fits = size <= min(REMEMBERED, shutil.disk_usage(folder or ".").free // 2)
+    if not parallel.agree(fits and config.steps * config.batch_size >= len(inputs)):
+        return fresh
+    batches = torch.arange(len(inputs)).split(64)
+    if folder is None or parallel.agree(
+            where.type == "cuda" and size <= torch.cuda.mem_get_info(where)[0] // 4):
+        memory = torch.empty(shape, dtype=one.dtype, device=where)
+    else:  # one file for all processes, each of which writes its share
+        file = folder / "teacher.states"
+        memory = torch.from_file(str(file), True, math.prod(shape), dtype=one.dtype).view(shape)
+        batches = batches[parallel.rank()::parallel.world()]
+
+    def slots(index: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if not flat:
+            return index.to(memory.device), None
+        return tuple(part.to(memory.device) for part in inputs.places(index, x.shape[1]))
+
+    for index in tqdm(batches, "teacher's hidden states", disable=folder is None, leave=False):
+        x = batch(inputs, index, where)
+        found, (slot, padding) = fresh(index, x).to(memory.device), slots(index, x)
+        if flat:
+            slot, found = slot[~padding], found[~padding]  # [N], [N, D]
+        memory[slot] = found
+    parallel.wait()
+    if memory.device.type == "cpu" and folder and parallel.rank() == 0:
+        with contextlib.suppress(OSError):  # Windows keeps a file that is open
+            file.unlink()  # what is mapped stays until the last process ends, however it ends
+
+    def look_up(index: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        slot, padding = slots(index, x)
+        found = memory[slot].to(where, non_blocking=True)  # [B, K, D]
+        return found if padding is None else found.masked_fill_(padding[..., None].to(where), 0)
+
+    return look_up
 
 
 def clip_gradient(model: torch.nn.Module, most: float) -> torch.Tensor:
@@ -448,7 +523,7 @@ def _short(value: object) -> str:
 
 
 # cannot change what is computed, bar rounding
-HARMLESS = ("data_dir", "out", "device", "save_every", "compile")
+HARMLESS = ("data_dir", "out", "device", "accumulate", "save_every", "compile")
 # the settings that further pre-training depends on; those that a student does beside them
 FURTHER = ("seed", "steps", "batch_size", "lr", "weight_decay", "betas", "warmup", "clip",
            "mask_prob", "masking", "pixels", "precision")
@@ -512,7 +587,7 @@ class Run:
 
     def __init__(self, folder: Path | None = None, config: Config | None = None,
                  **facts: object) -> None:
-        self.folder = folder
+        self.folder = folder = None if parallel.rank() else folder  # only rank 0 writes
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -535,8 +610,9 @@ class Run:
 
     def results(self) -> dict | None:
         """The finished run's results.json, or None."""
-        path = self.folder / "results.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        path = self.folder and self.folder / "results.json"
+        found = path and path.exists() and json.loads(path.read_text(encoding="utf-8"))
+        return parallel.agree(found or None)
 
     def stage(self, name: str, round: int, model: torch.nn.Module,
               optimiser: torch.optim.Optimizer, steps: int, lr: float, warmup: float,
@@ -559,7 +635,8 @@ class Run:
                 share = step / ramp if step < ramp else (steps - step) / (steps - ramp)
                 for group in optimiser.param_groups:
                     group["lr"] = lr * share
-                torch.manual_seed(seed_of(config.seed, "dropout", round, step))
+                alone = () if parallel.rank() == 0 else (parallel.rank(),)
+                torch.manual_seed(seed_of(config.seed, "dropout", round, step, *alone))
                 yield step
                 self.bar.update()
                 if minutes:
@@ -581,7 +658,8 @@ class Run:
         """Note losses, the gradient's norm and so on: first and last step, about 50 between."""
         if self.step % max(1, self.steps // 50) and self.step != self.steps - 1:
             return  # reading a value would make the device wait
-        values = {name: float(value) for name, value in values.items()}
+        mine = torch.tensor([float(value) for value in values.values()], dtype=torch.float64)
+        values = dict(zip(values, (parallel.total(mine) / parallel.world()).tolist()))
         values["lr"] = self.optimiser.param_groups[0]["lr"]
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
@@ -610,10 +688,8 @@ class Run:
 
     def _resume(self, model: torch.nn.Module) -> int:
         """The step to start from; weights and optimiser are put back as they were then."""
-        if self.folder is None:
-            return 0
-        path, start = self.folder / "checkpoint.safetensors", 0
-        if path.exists():
+        path, start = parallel.agree(self.folder and self.folder / "checkpoint.safetensors"), 0
+        if path and path.exists():
             with safe_open(path, framework="pt") as file:
                 about = file.metadata()
             if (about["stage"], about["round"]) == (self.name, str(self.round)):
@@ -626,8 +702,8 @@ class Run:
                         _, i, key = name.split(".")
                         state.setdefault(int(i), {})[key] = tensor
                 self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": state})
-        log = self.folder / "log.jsonl"
-        if log.exists():  # forget what was logged after the checkpoint: it will be logged again
+        log = self.folder and self.folder / "log.jsonl"
+        if log and log.exists():  # what was logged after the checkpoint will be logged again
             lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line]
             this = (self.name, self.round)
             keep = [line for line in lines if (told := json.loads(line)) and not (
@@ -655,23 +731,24 @@ class Run:
         It is also taken from a neighbouring run folder, if everything that it depends on has the
         same hash.
         """
-        if self.folder is None:
-            return make()
-        path, model = self.folder / f"{name}.safetensors", None
-        if path.exists():
-            return type(like).from_pretrained(path)
-        names = FURTHER if name == "further" else FURTHER + STUDENT
-        key = self._key(self.config, names, ("distill.py",), **self.facts)
+        key = self.folder and self._key(
+            self.config, FURTHER if name == "further" else FURTHER + STUDENT, ("distill.py",),
+            **self.facts)
+        path = self.folder and self.folder / f"{name}.safetensors"
+        found = parallel.agree(path and (path if path.exists() else self._made_alike(name, key)))
+        model = type(like).from_pretrained(found) if found else make()
+        if path and found != path:
+            model.save(path, **self.lineage, key=key)
+        return model
+
+    def _made_alike(self, name: str, key: str) -> Path | None:
+        """A neighbouring run folder's file of the same hash."""
         for other in sorted(self.folder.parent.glob(f"*/{name}.safetensors")):
             with safe_open(other, framework="pt") as file:
-                alike = (file.metadata() or {}).get("key") == key
-            if alike:
-                print(f"{name}: taken from {other}, which was made alike")
-                model = type(like).from_pretrained(other)
-                break
-        model = model or make()
-        model.save(path, **self.lineage, key=key)
-        return model
+                if (file.metadata() or {}).get("key") == key:
+                    print(f"{name}: taken from {other}, which was made alike")
+                    return other
+        return None
 
     def measured(self, row: str, make: Callable[[], dict], config: Config,
                  *encoders: torch.nn.Module) -> dict:
@@ -680,19 +757,20 @@ class Run:
         config and encoders are what it depends on beside the data; where a neighbouring run folder
         has a row with the same hash, that and its classifier are taken.
         """
-        if self.folder is None:
-            return make()
-        path = self.folder / "rows.json"
-        rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if row not in rows:
+        path = self.folder and self.folder / "rows.json"
+        rows = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {}
+        key, found = rows.get(row, {}).get("key"), rows.get(row, {}).get("result")
+        if path and not found:
             names = tuple(item.name for item in fields(Config)
                           if item.name.startswith(("finetune_", f"{config.method}_")))
             key = self._key(config, ("seed", "method", "dropout", "precision", *names),
                             ("finetune.py",), **self.facts, row=row,
                             encoders=[digest(encoder) for encoder in encoders])
-            rows[row] = {"key": key, "result": self._neighbours(row, key) or make()}
-            write_json(rows, path)
-        return rows[row]["result"]
+            found = self._neighbours(row, key)
+        result = parallel.agree(found) or make()
+        if path:
+            write_json(rows | {row: {"key": key, "result": result}}, path)
+        return result
 
     def _neighbours(self, row: str, key: str) -> dict | None:
         """The row that another run folder measured alike; its classifier is copied."""
@@ -708,16 +786,19 @@ class Run:
 
     def finish(self, data: fetch.Data, rows: list[dict]) -> dict:
         """Write curves.png and results.json, and drop the checkpoint."""
-        curves(self.folder)
         results = {"dataset": data.name, "num_classes": len(data.classes),
                    "n_train": len(data.train),
                    "n_test": 0 if data.test is None else len(data.test), "rows": rows}
-        write_json(results, self.folder / "results.json")
-        (self.folder / "checkpoint.safetensors").unlink(missing_ok=True)
+        if self.folder:
+            curves(self.folder)
+            write_json(results, self.folder / "results.json")
+            (self.folder / "checkpoint.safetensors").unlink(missing_ok=True)
         return results
 
     def report(self, results: dict) -> None:
         """Print the table of a finished run and where its files are."""
+        if self.folder is None:
+            return
         if results["rows"]:
             print(f"\n{results['dataset']}: {results['n_train']} training and {results['n_test']} "
                   f"test examples, {results['num_classes']} classes, "
@@ -764,7 +845,8 @@ def curves(folder: Path) -> None:
 def program(main: Callable[[], None]) -> None:
     """Run a program's main; what the user can mend is one line on standard error and status 2."""
     try:
-        main()
+        with parallel.processes():
+            main()
     except fetch.BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -37,15 +37,22 @@ class Texts:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def __getitem__(self, index: Tensor) -> Tensor:
-        """Ids [B, K] of the texts at index [B], padded to the longest of them."""
+    def places(self, index: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
+        """Where in `ids` the texts at index [B] lie, [B, K], and Bool[B, K], True at padding.
+
+        K is the given width or the longest text's.
+        """
         index = index.cpu()  # offsets stay on the CPU, where finding the longest stops no device
         start = self.offsets[index]  # [B]
         length = self.offsets[index + 1] - start  # [B]
-        column = torch.arange(int(length.max()))  # [K]
-        padding = (column >= length[:, None]).to(self.ids.device)  # [B, K]
+        column = torch.arange(width or int(length.max()))  # [K]
         place = (start[:, None] + column).clamp_(max=len(self.ids) - 1)  # [B, K]
-        return self.ids[place.to(self.ids.device)].long().masked_fill_(padding, self.pad_id)
+        return place, column >= length[:, None]
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """Ids [B, K] of the texts at index [B], padded to the longest of them."""
+        place, padding = (x.to(self.ids.device) for x in self.places(index))  # 2 of [B, K]
+        return self.ids[place].long().masked_fill_(padding, self.pad_id)
 
     def take(self, index: Tensor) -> "Texts":
         """The texts at index [n] alone, in that order."""

@@ -1,0 +1,100 @@
+"""Several processes on one machine: `torchrun --nproc-per-node=N distill.py …`, each with a GPU.
+
+Every process draws the whole mini-batch, as one alone would, and works on its share of it; torch's
+DistributedDataParallel averages the gradients. Rank 0 decides and writes, the others follow.
+Without torchrun there is one process, and what stands here does nothing.
+"""
+import contextlib
+import datetime
+import os
+import sys
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[None]:
+    """Within it, torchrun's processes work together, each on a GPU of its own; rank 0 prints."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # NCCL for tensors on GPUs, gloo on CPUs; rank 0 may download for hours while the others wait
+    dist.init_process_group(timeout=datetime.timedelta(days=1))
+    with open(os.devnull, "w") as nowhere:
+        with contextlib.redirect_stdout(nowhere if rank() else sys.stdout):
+            yield
+    dist.destroy_process_group()
+
+
+def agree(value: object) -> object:
+    """Rank 0's value: what it has found on the disk, say, so that all take the same way."""
+    if world() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, device=torch.device("cpu"))
+    return box[0]
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum over all processes of a tensor that each of them has, in place."""
+    if world() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def wait() -> None:
+    """Go on when all processes are here."""
+    total(torch.zeros(1))
+
+
+@contextlib.contextmanager
+def in_turn() -> Iterator[None]:
+    """Rank 0 goes first, so that the others find what it downloads or decodes."""
+    if rank():
+        wait()
+    yield
+    if not rank():
+        wait()
+
+
+def wrap(module: nn.Module) -> nn.Module:
+    """The module itself or, among several processes, with its gradients averaged over them."""
+    return DistributedDataParallel(module) if world() > 1 else module
+
+
+def share(losses: Tensor, examples: int) -> Tensor:
+    """What some of a mini-batch's losses [b] add to the mean over all its examples, a scalar.
+
+    Times the number of processes, because their gradients and logged losses are averaged.
+    """
+    return losses.sum() * (world() / examples)
+
+
+def parts(model: nn.Module, examples: int, accumulate: int) -> Iterator[slice]:
+    """This process's share of a mini-batch, as slices to be worked on one after another.
+
+    Between two slices gradients add up; they are averaged over the processes in the last one's
+    backward pass.
+    """
+    bounds = [examples * i // (world() * accumulate)
+              for i in range(rank() * accumulate, (rank() + 1) * accumulate + 1)]
+    for i, (first, last) in enumerate(zip(bounds, bounds[1:]), 1):
+        early = isinstance(model, DistributedDataParallel) and i < accumulate
+        with model.no_sync() if early else contextlib.nullcontext():
+            yield slice(first, last)
