@@ -138,7 +138,7 @@ def pretrain(student: nn.Module, teacher: nn.Module | None, inputs: object, conf
         optimiser.step()  # 14-15: θ by ∂(L1 + L2)/∂θ; φ by ∂L1/∂φ, as φ is not in line 11's L2
         optimiser.zero_grad()
         losses = {"mae_loss": l1.detach()} | ({"distill_loss": l2.detach()} if teacher else {})
-        this.log(**losses, grad_norm=norm)
+        this.log(index, **losses, grad_norm=norm)
     return student.eval()
 
 

@@ -184,7 +184,7 @@ def train(classifier: Classifier, inputs: object, labels: Tensor, config: run.Co
         optimiser.zero_grad()
         if pairs:
             logged["projected"] = baselines.project_all(pairs, config.mars_radius)
-        this.log(loss=loss.detach(), grad_norm=norm, **logged)
+        this.log(index, loss=loss.detach(), grad_norm=norm, **logged)
 
 
 ROWS = {"finetune": "fine-tuning", "recadam": "RecAdam", "mars": "MARS", "r3f": "R3F"}

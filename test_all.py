@@ -15,11 +15,13 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import stat
 import subprocess
 import sys
 import tarfile
 import threading
+import time
 import urllib.request
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -758,8 +760,8 @@ def test_a_killed_run_carries_on_bit_for_bit(modality, tmp_path, monkeypatch):
         this, logged = run.Run(folder, config), []
         log = this.log
 
-        def dying_log(**values):
-            log(**values)
+        def dying_log(index, **values):
+            log(index, **values)
             logged.append(0)
             if len(logged) == die_at:
                 raise Killed
@@ -860,7 +862,7 @@ def test_a_loss_that_is_not_finite_stops_the_run():
     model, inputs = small("image")
     with torch.no_grad():
         model.encoder.norm.weight[0] = float("nan")
-    with pytest.raises(FloatingPointError, match="step 0.*mae_loss.*lower learning rate"):
+    with pytest.raises(FloatingPointError, match="step 0 .*mae_loss nan.*a lower --lr"):
         distill.further_pretrain(model, inputs, settings())
 
 
@@ -3287,3 +3289,86 @@ def test_theory_page_names_every_check_and_gives_what_was_measured(theory):
             f"{flaw['not monotone']} are not monotone") in page
     assert (f"of {record['check_zeta']['n']} such sets the largest norm exceeds ζ(t) in "
             f"{zeta['exceed ζ']}, and is not monotone in {zeta['not monotone']}") in page
+
+
+# ============================================================================= a long run's life
+# Real processes are stopped, refused and starved, and must end as the one that was left alone.
+
+
+posix = pytest.mark.skipif(os.name != "posix", reason="signals and limits as POSIX has them")
+
+
+@pytest.fixture(scope="session")
+def life(tmp_path_factory) -> tuple[list[str], Path]:
+    """A command that fine-tunes on one's own pictures, and its folder when nothing happened."""
+    root = tmp_path_factory.mktemp("life")
+    for i in range(24):
+        path = root / "mine" / f"größe {i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 255, (50, 60, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+    words = ["finetune.py", "--dataset", str(root / "mine"), "--init", "tiny", "--method",
+             "recadam", "--finetune-steps", "60", "--finetune-batch-size", "8",
+             "--data-dir", str(root / "sets"), "--save-every", "1"]
+    done = program(*words[:-1], "5m", "--out", str(root / "whole" / "out"))
+    assert done.returncode == 0, done.stderr
+    return words, root / "whole" / "out"
+
+
+def life_started(words: list[str], out: Path, **more: object) -> subprocess.Popen:
+    """The command, started, once it has written a checkpoint of its own."""
+    path = out / "checkpoint.safetensors"
+    before = path.stat().st_mtime_ns if path.exists() else 0
+    process = subprocess.Popen([sys.executable, *words, "--out", str(out)], cwd=ROOT, text=True,
+                               encoding="utf-8", stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"}, **more)
+    while process.poll() is None and not (path.exists() and path.stat().st_mtime_ns > before):
+        time.sleep(0.002)
+    return process
+
+
+def life_same(a: Path, b: Path) -> bool:
+    """Whether two run folders hold the same files, logs, results and weights bit for bit."""
+    names = [{path.name for path in folder.iterdir()} for folder in (a, b)]
+    assert names[0] == names[1] and not [name for name in names[0] if "part" in name]
+    for name in names[0] - {"config.json", "timing.jsonl", "rows.json", "lock"}:
+        if name.endswith(".safetensors"):
+            x, y = load_file(a / name), load_file(b / name)
+            assert x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x), name
+        else:
+            assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    return True
+
+
+def life_refused(done: object, status: int, *said: str) -> None:
+    """One line on standard error beside the progress, and the exit status."""
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
+    assert all(text in lines[-1] for text in said), lines[-1]
+    assert not any("error" in line for line in lines[:-1])
+
+
+@posix
+def test_a_stopped_run_says_how_to_go_on_and_a_running_one_is_locked(life, tmp_path):
+    words, whole = life
+    out = tmp_path / "out"
+    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)):
+        process = life_started(words, out)
+        if number == signal.SIGINT:
+            process.send_signal(signal.SIGSTOP)  # it shall not finish meanwhile
+            second = program(*words, "--out", str(out))
+            process.send_signal(signal.SIGCONT)
+            life_refused(second, 2, str(out), f"process {process.pid} on ", " since 20", "--out")
+        process.send_signal(number)
+        shown = process.communicate(timeout=60)[1]
+        assert process.returncode == status, shown
+        if status > 0:
+            resumes = shown.strip().splitlines()[-1].removeprefix("stopped; to carry on: ")
+            assert shlex.split(resumes) == ["python", *words, "--out", str(out)]
+        assert "Traceback" not in shown and not list(out.glob("*.part")) or status < 0
+    changed = program(*words, "--finetune-lr", "0.5", "--out", str(out))
+    life_refused(changed, 2, "finetune_lr was 0.001, now 0.5")
+    # what cannot change the result is no hindrance
+    done = program(*words[:-1], "2m", "--device", "cpu", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert life_same(out, whole)
