@@ -3372,3 +3372,69 @@ def test_a_stopped_run_says_how_to_go_on_and_a_running_one_is_locked(life, tmp_p
     done = program(*words[:-1], "2m", "--device", "cpu", "--out", str(out))
     assert done.returncode == 0, done.stderr
     assert life_same(out, whole)
+
+
+@posix
+def test_a_full_disk_and_vanished_data_leave_the_checkpoint(life, tmp_path):
+    import resource
+
+    words, whole = life
+    out, mine = tmp_path / "out", Path(words[2])
+    process = life_started(words, out)
+    process.terminate()
+    process.communicate(timeout=60)
+    held = (out / "checkpoint.safetensors").read_bytes()
+    # what is written may be no longer than this, as if a quota were used up
+    process = life_started(words, out, preexec_fn=lambda: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    done = SimpleNamespace(stderr=process.communicate()[1], returncode=process.returncode)
+    life_refused(done, 1, "checkpoint.safetensors cannot be written", "room", "carries on")
+    mine.rename(mine.with_name("gone"))
+    try:
+        life_refused(program(*words, "--out", str(out)), 2, "no pictures at", str(mine))
+    finally:
+        mine.with_name("gone").rename(mine)
+    assert (out / "checkpoint.safetensors").read_bytes() == held and not list(out.glob("*.part"))
+    assert program(*words, "--save-every", "5m", "--out", str(out)).returncode == 0
+    assert life_same(out, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("mount") is None or os.name != "posix" or os.geteuid() != 0,
+                    reason="only root may mount a small file system")
+def test_a_small_and_a_read_only_file_system_leave_the_checkpoint(life, tmp_path):
+    words, whole = life
+    disk, out = tmp_path / "disk", tmp_path / "disk" / "out"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=13m", "none", str(disk)], check=True)
+    try:
+        done = program(*words, "--out", str(out))  # one checkpoint fits, a second beside it not
+        life_refused(done, 1, "checkpoint.safetensors cannot be written", "No space left", "room")
+        held = (out / "checkpoint.safetensors").read_bytes()
+        subprocess.run(["mount", "-o", "remount,size=50m,ro", str(disk)], check=True)
+        done = program(*words, "--out", str(out))
+        life_refused(done, 1, "Read-only file system", str(out), "carries on")
+        assert (out / "checkpoint.safetensors").read_bytes() == held
+        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+        assert program(*words, "--save-every", "5m", "--out", str(out)).returncode == 0
+        assert life_same(out, whole)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_loss_or_weight_that_is_not_finite_says_where(life, tmp_path):
+    """The first step has learning rate 0, the second leaps: what is seen depends on the method."""
+    for method, said in (("finetune", "step 2 is not finite: loss nan, grad_norm nan, lr 6.66667e"),
+                         ("recadam", "step 1 made a weight that is not finite; the last")):
+        out = tmp_path / method
+        done = program(*life[0], "--method", method, "--finetune-lr", "1e30", "--recadam-cof", "0",
+                       "--out", str(out))
+        life_refused(done, 1, "fine-tuning", "round 0, " + said, "the last that was: step 1, loss ",
+                     "what was saved before is kept: try a lower --finetune-lr in another --out")
+        saved = load_file(out / "checkpoint.safetensors")
+        assert all(tensor.isfinite().all() for tensor in saved.values())
+        if method == "finetune":
+            assert [line["step"] for line in log_of(out)] == [0, 1]
+            listed = re.search("examples ([0-9, ]+) ", done.stderr).group(1)
+            drawn = run.draw_batch(20, 8, 0, "labelled order", 0, 2).tolist()
+            assert [int(number) for number in listed.split(", ")] == drawn
