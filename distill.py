@@ -142,7 +142,8 @@ def pretrain(student: nn.Module, teacher: nn.Module | None, inputs: object, conf
         norm = run.clip_gradient(student, config.clip)
         optimiser.step()  # 14-15: θ by ∂(L1 + L2)/∂θ; φ by ∂L1/∂φ, as φ is not in line 11's L2
         optimiser.zero_grad()
-        this.log(**{"mae_loss": L1} | ({"distill_loss": L2} if teacher else {}), grad_norm=norm)
+        losses = {"mae_loss": L1} | ({"distill_loss": L2} if teacher else {})
+        this.log(index, **losses, grad_norm=norm)
     return student.eval()
 
 

@@ -192,7 +192,7 @@ def train(classifier: Classifier, inputs: object, labels: Tensor, config: run.Co
         optimiser.zero_grad()
         if pairs:
             logged["projected"] = baselines.project_all(pairs, config.mars_radius)
-        this.log(**logged, grad_norm=norm)
+        this.log(index, **logged, grad_norm=norm)
 
 
 ROWS = {"finetune": "fine-tuning", "recadam": "RecAdam", "mars": "MARS", "r3f": "R3F"}

@@ -242,10 +242,10 @@ class MLM(nn.Module):
         """Write weights, with configuration and lineage as metadata; the tokenizer goes beside."""
         path = Path(path)
         config = {"model": "mlm", **asdict(self.config)}
+        if self.tokenizer is not None:  # first, so that no weights ever lack theirs
+            with fetch.whole(path.with_name("tokenizer.json")) as part:
+                self.tokenizer.save(str(part))
         fetch.save_weights(self.state_dict(), config, path, **lineage)
-        beside = path.with_name("tokenizer.json")
-        if self.tokenizer is not None:
-            self.tokenizer.save(str(beside))
 
 
 def corrupt(ids: Tensor, mask: Tensor, recipe: str, generator: torch.Generator,

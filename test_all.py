@@ -16,11 +16,13 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import stat
 import subprocess
 import sys
 import tarfile
 import threading
+import time
 import urllib.request
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -761,8 +763,8 @@ def test_a_killed_run_carries_on_bit_for_bit(modality, tmp_path, monkeypatch):
         this, logged = run.Run(folder, config), []
         log = this.log
 
-        def dying_log(**values):
-            log(**values)
+        def dying_log(index, **values):
+            log(index, **values)
             logged.append(0)
             if len(logged) == die_at:
                 raise Killed
@@ -863,7 +865,7 @@ def test_a_loss_that_is_not_finite_stops_the_run():
     model, inputs = small("image")
     with torch.no_grad():
         model.encoder.norm.weight[0] = float("nan")
-    with pytest.raises(FloatingPointError, match="step 0.*mae_loss.*lower learning rate"):
+    with pytest.raises(FloatingPointError, match="step 0 .*mae_loss nan.*a lower --lr"):
         distill.further_pretrain(model, inputs, settings())
 
 
@@ -964,8 +966,8 @@ def test_a_step_costs_the_same_however_many_were_done(modality):
     held = {}
 
     class Counting(run.Run):
-        def log(self, **values):
-            super().log(**values)
+        def log(self, index, **values):
+            super().log(index, **values)
             held[self.step] = sum(x.nbytes for x in gc.get_objects()
                                   if issubclass(type(x), torch.Tensor))
 
@@ -3444,3 +3446,152 @@ def test_theory_page_names_every_check_and_gives_what_was_measured(theory):
             f"{flaw['not monotone']} are not monotone") in page
     assert (f"of {record['check_zeta']['n']} such sets the largest norm exceeds ζ(t) in "
             f"{zeta['exceed ζ']}, and is not monotone in {zeta['not monotone']}") in page
+
+
+# ============================================================================= a long run's life
+# Real processes are stopped, refused and starved, and must end as the one that was left alone.
+
+
+posix = pytest.mark.skipif(os.name != "posix", reason="signals and limits as POSIX has them")
+
+
+@pytest.fixture(scope="session")
+def life(tmp_path_factory) -> tuple[list[str], Path]:
+    """A command that fine-tunes on one's own pictures, and its folder when nothing happened."""
+    root = tmp_path_factory.mktemp("life")
+    for i in range(24):
+        path = root / "mine" / f"größe {i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 255, (50, 60, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+    words = ["finetune.py", "--dataset", str(root / "mine"), "--init", "tiny", "--method",
+             "recadam", "--finetune-steps", "60", "--finetune-batch-size", "8",
+             "--data-dir", str(root / "sets"), "--save-every", "1"]
+    done = program(*words[:-1], "5m", "--out", str(root / "whole" / "out"))
+    assert done.returncode == 0, done.stderr
+    return words, root / "whole" / "out"
+
+
+def life_started(words: list[str], out: Path, **more: object) -> subprocess.Popen:
+    """The command, started, once it has written a checkpoint of its own."""
+    path = out / "checkpoint.safetensors"
+    before = path.stat().st_mtime_ns if path.exists() else 0
+    process = subprocess.Popen([sys.executable, *words, "--out", str(out)], cwd=ROOT, text=True,
+                               encoding="utf-8", stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"}, **more)
+    while process.poll() is None and not (path.exists() and path.stat().st_mtime_ns > before):
+        time.sleep(0.002)
+    return process
+
+
+def life_same(a: Path, b: Path) -> bool:
+    """Whether two run folders hold the same files, logs, results and weights bit for bit."""
+    names = [{path.name for path in folder.iterdir()} for folder in (a, b)]
+    assert names[0] == names[1] and not [name for name in names[0] if "part" in name]
+    for name in names[0] - {"config.json", "timing.jsonl", "rows.json", "lock"}:
+        if name.endswith(".safetensors"):
+            x, y = load_file(a / name), load_file(b / name)
+            assert x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x), name
+        else:
+            assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    return True
+
+
+def life_refused(done: object, status: int, *said: str) -> None:
+    """One line on standard error beside the progress, and the exit status."""
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
+    assert all(text in lines[-1] for text in said), lines[-1]
+    assert not any("error" in line for line in lines[:-1])
+
+
+@posix
+def test_a_stopped_run_says_how_to_go_on_and_a_running_one_is_locked(life, tmp_path):
+    words, whole = life
+    out = tmp_path / "out"
+    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)):
+        process = life_started(words, out)
+        if number == signal.SIGINT:
+            process.send_signal(signal.SIGSTOP)  # it shall not finish meanwhile
+            second = program(*words, "--out", str(out))
+            process.send_signal(signal.SIGCONT)
+            life_refused(second, 2, str(out), f"process {process.pid} on ", " since 20", "--out")
+        process.send_signal(number)
+        shown = process.communicate(timeout=60)[1]
+        assert process.returncode == status, shown
+        if status > 0:
+            resumes = shown.strip().splitlines()[-1].removeprefix("stopped; to carry on: ")
+            assert shlex.split(resumes) == ["python", *words, "--out", str(out)]
+        assert "Traceback" not in shown and not list(out.glob("*.part")) or status < 0
+    changed = program(*words, "--finetune-lr", "0.5", "--out", str(out))
+    life_refused(changed, 2, "finetune_lr was 0.001, now 0.5")
+    # what cannot change the result is no hindrance
+    done = program(*words[:-1], "2m", "--device", "cpu", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert life_same(out, whole)
+
+
+@posix
+def test_a_full_disk_and_vanished_data_leave_the_checkpoint(life, tmp_path):
+    import resource
+
+    words, whole = life
+    out, mine = tmp_path / "out", Path(words[2])
+    process = life_started(words, out)
+    process.terminate()
+    process.communicate(timeout=60)
+    held = (out / "checkpoint.safetensors").read_bytes()
+    # what is written may be no longer than this, as if a quota were used up
+    process = life_started(words, out, preexec_fn=lambda: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    done = SimpleNamespace(stderr=process.communicate()[1], returncode=process.returncode)
+    life_refused(done, 1, "checkpoint.safetensors cannot be written", "room", "carries on")
+    mine.rename(mine.with_name("gone"))
+    try:
+        life_refused(program(*words, "--out", str(out)), 2, "no pictures at", str(mine))
+    finally:
+        mine.with_name("gone").rename(mine)
+    assert (out / "checkpoint.safetensors").read_bytes() == held and not list(out.glob("*.part"))
+    assert program(*words, "--save-every", "5m", "--out", str(out)).returncode == 0
+    assert life_same(out, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("mount") is None or os.name != "posix" or os.geteuid() != 0,
+                    reason="only root may mount a small file system")
+def test_a_small_and_a_read_only_file_system_leave_the_checkpoint(life, tmp_path):
+    words, whole = life
+    disk, out = tmp_path / "disk", tmp_path / "disk" / "out"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=13m", "none", str(disk)], check=True)
+    try:
+        done = program(*words, "--out", str(out))  # one checkpoint fits, a second beside it not
+        life_refused(done, 1, "checkpoint.safetensors cannot be written", "No space left", "room")
+        held = (out / "checkpoint.safetensors").read_bytes()
+        subprocess.run(["mount", "-o", "remount,size=50m,ro", str(disk)], check=True)
+        done = program(*words, "--out", str(out))
+        life_refused(done, 1, "Read-only file system", str(out), "carries on")
+        assert (out / "checkpoint.safetensors").read_bytes() == held
+        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+        assert program(*words, "--save-every", "5m", "--out", str(out)).returncode == 0
+        assert life_same(out, whole)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_loss_or_weight_that_is_not_finite_says_where(life, tmp_path):
+    """The first step has learning rate 0, the second leaps: what is seen depends on the method."""
+    for method, said in (("finetune", "step 2 is not finite: loss nan, grad_norm nan, lr 6.66667e"),
+                         ("recadam", "step 1 made a weight that is not finite; the last")):
+        out = tmp_path / method
+        done = program(*life[0], "--method", method, "--finetune-lr", "1e30", "--recadam-cof", "0",
+                       "--out", str(out))
+        life_refused(done, 1, "fine-tuning", "round 0, " + said, "the last that was: step 1, loss ",
+                     "what was saved before is kept: try a lower --finetune-lr in another --out")
+        saved = load_file(out / "checkpoint.safetensors")
+        assert all(tensor.isfinite().all() for tensor in saved.values())
+        if method == "finetune":
+            assert [line["step"] for line in log_of(out)] == [0, 1]
+            listed = re.search("examples ([0-9, ]+) ", done.stderr).group(1)
+            drawn = run.draw_batch(20, 8, 0, "labelled order", 0, 2).tolist()
+            assert [int(number) for number in listed.split(", ")] == drawn

@@ -3,6 +3,7 @@
 Nothing here runs code from a file: weights are safetensors (a hub's old `pytorch_model.bin` is
 opened with `weights_only=True` and converted once), archives are unpacked member by member.
 """
+import contextlib
 import hashlib
 import http.client
 import json
@@ -17,6 +18,7 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
@@ -31,6 +33,33 @@ ROOT = Path(__file__).resolve().parent.parent
 
 class BadInput(ValueError):
     """What the user gave cannot be used; the message is one sentence: what, where, what to do."""
+
+
+@contextlib.contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """A name to write `path` under, so that it appears complete and on the disk or not at all.
+
+    OSError, which names the path, where it cannot be written.
+    """
+    path = Path(path)
+    part = path.with_name(path.name + f".{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        if os.name == "posix":  # the new name, too; Windows opens no folders
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path} cannot be written ({error})") from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------- weights
@@ -59,17 +88,9 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
 def save_weights(tensors: dict[str, torch.Tensor], config: dict, path: Path,
                  **lineage: str) -> None:
     """Write tensors with their configuration and lineage as metadata, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + f".{os.getpid()}.part")
-    try:
+    with whole(path) as part:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
                   part, metadata={"config": json.dumps(config), **lineage})
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def translate(tensors: dict[str, torch.Tensor], table: dict[str, str | tuple[str, ...]],

@@ -476,5 +476,5 @@ def grid(rows: list[list[torch.Tensor | np.ndarray]], path: str | Path, titles: 
             pixels = torch.as_tensor(pictures[column]).permute(1, 2, 0).cpu().contiguous().numpy()
             picture = Image.fromarray(pixels).resize((side * scale,) * 2, Image.Resampling.NEAREST)
             sheet.paste(picture, (gap + cell * column, top + cell * row))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    with fetch.whole(path) as part:
+        sheet.save(part, "PNG")

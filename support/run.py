@@ -13,8 +13,10 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -22,7 +24,7 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from tqdm import tqdm
 
@@ -568,9 +570,27 @@ def digest(model: torch.nn.Module) -> str:
 
 def write_json(value: object, path: Path) -> None:
     """Write JSON whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    with fetch.whole(path) as part:
+        part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict:
+    """What `write_json` wrote; BadInput where something else has been at the file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise fetch.BadInput(f"{path} is not what this program wrote ({error}): delete it, or "
+                             "choose another --out") from error
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The lines of a .jsonl that are complete: a full disk may have cut the last one short."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise fetch.BadInput(f"{path} is not what this program wrote ({error}): choose another "
+                             "--out or delete the folder") from error
 
 
 def _revision() -> str:
@@ -582,6 +602,61 @@ def _revision() -> str:
         return "unknown"
 
 
+def _command() -> str:
+    """The command line that is running, as one may type it again."""
+    join = subprocess.list2cmdline if os.name == "nt" else shlex.join
+    return join(["python", *sys.argv])
+
+
+@functools.cache
+def _lock(folder: Path) -> object:
+    """Hold the folder for this process until it ends, however it ends; BadInput if another does."""
+    file = open(folder / "lock", "a+", encoding="utf-8")
+    try:
+        if os.name == "nt":
+            import msvcrt
+            os.lseek(file.fileno(), 1 << 30, os.SEEK_SET)  # what is locked cannot be read there
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        raise fetch.BadInput(f"{folder} belongs to a program that is still running "
+                             f"({file.read()}): wait for it, stop it, or choose another --out"
+                             ) from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()} since "
+               f"{time.strftime('%Y-%m-%d %H:%M:%S %z')}")
+    file.flush()
+    return file
+
+
+STOPS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal, whose number is the argument, asked the program to end."""
+
+
+def _stop(number: int, _: object) -> None:
+    raise Stopped(number)
+
+
+@contextlib.contextmanager
+def _noting() -> Iterator[list[int]]:
+    """Signals that ask to stop are noted in a list here, so that a step can end first."""
+    noted, before = [], {}
+    if threading.current_thread() is threading.main_thread():  # no other one can set handlers
+        before = {number: signal.signal(number, lambda number, _: noted.append(number))
+                  for number in STOPS}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class Run:
     """One run's folder, log, checkpoint and progress; `Run()` keeps nothing and shows nothing."""
 
@@ -591,17 +666,21 @@ class Run:
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "results.json").exists():  # a finished run is only read
+            _lock(folder.resolve())
+            for part in folder.glob("*.part"):  # of a process that was killed while it wrote
+                part.unlink()
         settings = recorded(config)
         self.lineage = {name: str(getattr(config, name)) for name in ("dataset", "init", "seed")}
         self.config, self.facts = config, facts
         known = folder / "config.json"
         if not known.exists():
-            write_json({"settings": settings, "facts": facts, "command": shlex.join(sys.argv),
+            write_json({"settings": settings, "facts": facts, "command": _command(),
                         "python": platform.python_version(), "torch": torch.__version__,
                         "machine": platform.platform(), "device": str(device(config)),
                         "git": _revision()}, known)
             return
-        record = json.loads(known.read_text(encoding="utf-8"))
+        record = read_json(known)
         before, now = record["settings"] | record["facts"], settings | facts
         if names := changed(before, now):
             told = "; ".join(f"{name} was {before.get(name)}, now {now[name]}" for name in names)
@@ -611,8 +690,7 @@ class Run:
     def results(self) -> dict | None:
         """The finished run's results.json, or None."""
         path = self.folder and self.folder / "results.json"
-        found = path and path.exists() and json.loads(path.read_text(encoding="utf-8"))
-        return parallel.agree(found or None)
+        return parallel.agree(read_json(path) if path and path.exists() else None)
 
     def stage(self, name: str, round: int, model: torch.nn.Module,
               optimiser: torch.optim.Optimizer, steps: int, lr: float, warmup: float,
@@ -623,12 +701,17 @@ class Run:
         after each it saves a checkpoint when one is due. A run that died carries on from its last.
         """
         self.name, self.round, self.steps, self.optimiser = name, round, steps, optimiser
+        self.unread, self.finite, self.examples = [], "", 0
+        self.hint = f"a lower {'--finetune-lr' if name.startswith('fine-tuning') else '--lr'}" + (
+            " or --precision fp32" if uses_bf16(config) else "")
         start = self._resume(model)
         every, minutes = config.save_every.rstrip("m"), config.save_every.endswith("m")
         saved = began = time.monotonic()
         # a bar of its own for every stage; few lines where the output is a file
+        end_well = _noting() if self.folder or parallel.rank() else contextlib.nullcontext([])
         with tqdm(total=steps, initial=start, desc=name, disable=self.folder is None,
-                  dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 20) as self.bar:
+                  dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 20
+                  ) as self.bar, end_well as stops:
             for step in range(start, steps):
                 self.step = step
                 ramp = warmup * steps
@@ -643,42 +726,73 @@ class Run:
                     due = time.monotonic() - saved >= 60 * float(every)
                 else:
                     due = (step + 1) % int(every) == 0
-                if self.folder and due and step + 1 < steps:
+                if self.folder and (stops or due and step + 1 < steps):
                     self._save(model, step + 1)
                     saved = time.monotonic()
+                if stops:
+                    raise Stopped(stops[0])
         if self.folder:
             seconds = time.monotonic() - began
             timing = {"stage": name, "round": round, "steps": steps - start, "seconds": seconds}
             if torch.cuda.is_available():
                 timing["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
-            with open(self.folder / "timing.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(timing) + "\n")
+            self._append("timing.jsonl", timing)
 
-    def log(self, **values: torch.Tensor) -> None:
-        """Note losses, the gradient's norm and so on: first and last step, about 50 between."""
+    def log(self, index: torch.Tensor, **values: torch.Tensor) -> None:
+        """Note a step's losses, gradient norm and so on, of the examples index Long[B].
+
+        They are written at the first and the last step and about 50 between. Every step's are
+        looked at, then or before a checkpoint: `FloatingPointError` where one is not finite.
+        """
+        self.examples += len(index)
+        self.unread.append((self.step, self.optimiser.param_groups[0]["lr"], index, values))
         if self.step % max(1, self.steps // 50) and self.step != self.steps - 1:
             return  # reading a value would make the device wait
-        mine = torch.tensor([float(value) for value in values.values()], dtype=torch.float64)
-        values = dict(zip(values, (parallel.total(mine) / parallel.world()).tolist()))
-        values["lr"] = self.optimiser.param_groups[0]["lr"]
-        bad = [name for name, value in values.items() if not math.isfinite(value)]
-        if bad:
-            raise FloatingPointError(
-                f"{self.name}, step {self.step}: {', '.join(bad)} not finite ({values}); the last "
-                "checkpoint, if any, is kept: try a lower learning rate or --precision fp32 in "
-                "another --out")
+        mine = self._read()  # of a share of the batch, where others have theirs
+        together = parallel.total(torch.tensor([*mine.values()], dtype=torch.float64))
+        values = dict(zip(mine, (together / parallel.world()).tolist()))
         if self.folder:
             losses = {name: f"{value:.4g}" for name, value in values.items() if "loss" in name}
             self.bar.set_postfix(losses, refresh=False)
-            line = {"stage": self.name, "round": self.round, "step": self.step, **values}
-            with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+            self._append("log.jsonl", {"stage": self.name, "round": self.round, "step": self.step,
+                                       **values})
+
+    def _read(self) -> dict[str, float]:
+        """The last step's values, after a look at those of all the steps since the last look."""
+        # all at once: the device waits once
+        table = torch.stack([value.float() for *_, values in self.unread
+                             for value in values.values()]).tolist()
+        for step, lr, index, names in self.unread:
+            values, table = dict(zip(names, table)) | {"lr": lr}, table[len(names):]
+            told = ", ".join(f"{name} {value:g}" for name, value in values.items())
+            if not all(map(math.isfinite, values.values())):
+                raise FloatingPointError(
+                    f"{self.name}, round {self.round}, step {step} is not finite: {told}"
+                    f"{self.finite}; in the batch were the training examples "
+                    f"{', '.join(map(str, index.tolist()))} (the first is 0); what was saved "
+                    f"before is kept: try {self.hint} in another --out")
+            self.finite = f"; the last that was: step {step}, {told}"
+        self.unread = []
+        return values
+
+    def _append(self, name: str, line: dict) -> None:
+        """Add a line to a .jsonl of the folder, and have it on the disk."""
+        try:
+            with open(self.folder / name, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OSError(f"{self.folder / name} cannot be written ({error})") from error
 
     def _save(self, model: torch.nn.Module, step: int) -> None:
+        if self.unread:
+            self._read()
         if not all(p.isfinite().all() for p in model.parameters()):
-            raise FloatingPointError(f"{self.name}, step {step}: a weight is not finite; the last "
-                                     "checkpoint, if any, is kept: try a lower learning rate "
-                                     "or --precision fp32 in another --out")
+            raise FloatingPointError(
+                f"{self.name}, round {self.round}, step {step - 1} made a weight that is not "
+                f"finite{self.finite}; what was saved before is kept: try {self.hint} in another "
+                "--out")
         tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
         for i, state in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{i}.{name}": torch.as_tensor(value)
@@ -690,8 +804,12 @@ class Run:
         """The step to start from; weights and optimiser are put back as they were then."""
         path, start = parallel.agree(self.folder and self.folder / "checkpoint.safetensors"), 0
         if path and path.exists():
-            with safe_open(path, framework="pt") as file:
-                about = file.metadata()
+            try:
+                with safe_open(path, framework="pt") as file:
+                    about = file.metadata()
+            except SafetensorError as error:
+                raise fetch.BadInput(f"{path} is damaged ({error}): delete it, and this stage "
+                                     "starts again") from error
             if (about["stage"], about["round"]) == (self.name, str(self.round)):
                 start, tensors, state = int(about["step"]), load_file(path), {}
                 model.load_state_dict({name.removeprefix("model."): tensor
@@ -704,13 +822,12 @@ class Run:
                 self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": state})
         log = self.folder and self.folder / "log.jsonl"
         if log and log.exists():  # what was logged after the checkpoint will be logged again
-            lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line]
             this = (self.name, self.round)
-            keep = [line for line in lines if (told := json.loads(line)) and not (
-                (told["stage"], told["round"]) == this and told["step"] >= start)]
-            part = log.with_name("log.jsonl.part")
-            part.write_text("".join(line + "\n" for line in keep), encoding="utf-8")
-            os.replace(part, log)
+            keep = [line for line in read_lines(log) if not (
+                (line["stage"], line["round"]) == this and line["step"] >= start)]
+            with fetch.whole(log) as part:
+                part.write_text("".join(json.dumps(line) + "\n" for line in keep),
+                                encoding="utf-8")
         return start
 
     def _key(self, config: Config, names: tuple[str, ...], code: tuple[str, ...],
@@ -744,10 +861,12 @@ class Run:
     def _made_alike(self, name: str, key: str) -> Path | None:
         """A neighbouring run folder's file of the same hash."""
         for other in sorted(self.folder.parent.glob(f"*/{name}.safetensors")):
-            with safe_open(other, framework="pt") as file:
-                if (file.metadata() or {}).get("key") == key:
-                    print(f"{name}: taken from {other}, which was made alike")
-                    return other
+            found = {}
+            with contextlib.suppress(SafetensorError, OSError), safe_open(other, "pt") as file:
+                found = file.metadata() or {}
+            if found.get("key") == key:
+                print(f"{name}: taken from {other}, which was made alike")
+                return other
         return None
 
     def measured(self, row: str, make: Callable[[], dict], config: Config,
@@ -758,7 +877,7 @@ class Run:
         has a row with the same hash, that and its classifier are taken.
         """
         path = self.folder and self.folder / "rows.json"
-        rows = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {}
+        rows = read_json(path) if path and path.exists() else {}
         key, found = rows.get(row, {}).get("key"), rows.get(row, {}).get("result")
         if path and not found:
             names = tuple(item.name for item in fields(Config)
@@ -775,24 +894,26 @@ class Run:
     def _neighbours(self, row: str, key: str) -> dict | None:
         """The row that another run folder measured alike; its classifier is copied."""
         for other in sorted(self.folder.parent.glob("*/rows.json")):
-            found = json.loads(other.read_text(encoding="utf-8")).get(row, {})
+            found = {}
+            with contextlib.suppress(fetch.BadInput, OSError):
+                found = read_json(other).get(row, {})
             name = f"finetuned-{row.replace(' ', '-')}.safetensors"
             if found.get("key") == key and other.with_name(name).exists():
                 print(f"{row}: taken from {other.parent}, which was made alike")
-                shutil.copyfile(other.with_name(name), self.folder / (name + ".part"))
-                os.replace(self.folder / (name + ".part"), self.folder / name)
+                with fetch.whole(self.folder / name) as part:
+                    shutil.copyfile(other.with_name(name), part)
                 return found["result"]
         return None
 
     def finish(self, data: fetch.Data, rows: list[dict]) -> dict:
-        """Write curves.png and results.json, and drop the checkpoint."""
+        """Write curves.png, drop the checkpoint, and write results.json, which says: finished."""
         results = {"dataset": data.name, "num_classes": len(data.classes),
                    "n_train": len(data.train),
                    "n_test": 0 if data.test is None else len(data.test), "rows": rows}
         if self.folder:
             curves(self.folder)
-            write_json(results, self.folder / "results.json")
             (self.folder / "checkpoint.safetensors").unlink(missing_ok=True)
+            write_json(results, self.folder / "results.json")
         return results
 
     def report(self, results: dict) -> None:
@@ -822,8 +943,7 @@ def curves(folder: Path) -> None:
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    lines = [json.loads(line) for line in lines]
+    lines = read_lines(folder / "log.jsonl")
     kinds = [kind for kind in ("mae_loss", "distill_loss", "loss")
              if any(kind in line for line in lines)]
     figure, axes = plt.subplots(1, len(kinds), figsize=(4.5 * len(kinds), 3.2), squeeze=False,
@@ -838,25 +958,41 @@ def curves(folder: Path) -> None:
             axis.plot(*zip(*points), label=f"{stage}, round {round}" if round > 1 else stage)
         axis.set(title=titles[kind], xlabel="step", ylabel="loss")
         axis.legend(fontsize=7)
-    figure.savefig(folder / "curves.png", dpi=120)
+    with fetch.whole(folder / "curves.png") as part:
+        figure.savefig(part, dpi=120, format="png")
     plt.close(figure)
 
 
 def program(main: Callable[[], None]) -> None:
-    """Run a program's main; what the user can mend is one line on standard error and status 2."""
+    """Run a program's main; what the user can mend is one line on standard error and status 2.
+
+    SIGINT and SIGTERM end it with the line that resumes and status 130 or 143.
+    """
+    for stream in (sys.stdout, sys.stderr):  # Windows' own encoding lacks θ
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    for number in STOPS:
+        signal.signal(number, _stop)
     try:
         with parallel.processes():
             main()
     except fetch.BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except torch.OutOfMemoryError:
-        print("error: the device is out of memory: lower --batch-size or --finetune-batch-size in "
-              "another --out", file=sys.stderr)
-        sys.exit(1)
-    except (FloatingPointError, OSError) as error:
+    except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("stopped; the same command carries on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+    except OSError as error:
+        print(f"error: {error}; once there is room and leave to write, the same command carries on "
+              "from what was saved", file=sys.stderr)
+        sys.exit(1)
+    except (MemoryError, RuntimeError) as error:
+        short = re.search("out of memory|can't allocate|not enough memory|ALLOC_FAILED", str(error))
+        if not short and not isinstance(error, MemoryError):
+            raise
+        print("error: out of memory; what was saved is kept: the same command with --accumulate 2 "
+              "needs less of it, and so do --batch-size and --finetune-batch-size in another --out",
+              file=sys.stderr)
+        sys.exit(1)
+    except Stopped as error:
+        print(f"stopped; to carry on: {_command()}", file=sys.stderr)
+        sys.exit(128 + error.args[0])
