@@ -39,6 +39,7 @@ from huggingface_hub import errors
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
@@ -769,19 +770,21 @@ def test_a_killed_run_carries_on_bit_for_bit(modality, tmp_path, monkeypatch):
 
         this.log = dying_log
         models = distill.self_distill(model, data.train, config, this)
-        rows = {"fine-tuning": (model, "finetune"), "RecAdam": (models[-1], "recadam")}
+        rows = {"fine-tuning": (model, "finetune"), "RecAdam": (models[-1], "recadam"),
+                "MARS": (models[-1], "mars"), "R3F": (models[-1], "r3f")}
         finetune.measure(rows, model, data, config, this)
 
     go(tmp_path / "whole")
     monkeypatch.setattr(run.Run, "_key", lambda self, *_, **facts: str(self.folder))
-    for moment in (1, 3, 4, 7, 9, 11, 16, 20):
+    for moment in (1, 3, 4, 7, 9, 11, 16, 20, 26, 32):  # the last two in MARS and in R3F
         with pytest.raises(Killed):
             go(tmp_path / str(moment), moment)
         go(tmp_path / str(moment))
         for name in ("log.jsonl", "results.json"):
             same = [(tmp_path / folder / name).read_bytes() for folder in ("whole", str(moment))]
             assert same[0] == same[1], f"{name} after a stop at {moment}"
-        for name in ("distilled-1.safetensors", "finetuned-RecAdam.safetensors"):
+        for name in ("distilled-1", *(f"finetuned-{row}" for row in ("RecAdam", "MARS", "R3F"))):
+            name += ".safetensors"
             a, b = (load_file(tmp_path / folder / name) for folder in ("whole", str(moment)))
             assert all(torch.equal(a[key], b[key]) for key in a), f"{name} after a stop at {moment}"
 
@@ -2659,6 +2662,9 @@ def test_a_finished_run_answers_at_once_and_a_seed_repeats(tmp_path):
         == (tmp_path / "a" / "log.jsonl").read_bytes()
         == (tmp_path / "b" / "c" / "log.jsonl").read_bytes()
     )
+    for name in ("distilled-1.safetensors", "finetuned-self-distillation.safetensors"):
+        a, b = (load_file(tmp_path / folder / name) for folder in ("a", "b/c"))
+        assert all(torch.equal(a[key], b[key]) for key in a)
     program(*words[:-1], "4", "--out", str(tmp_path / "d" / "e"))
     assert logged != (tmp_path / "d" / "e" / "log.jsonl").read_bytes()
 
@@ -3347,6 +3353,56 @@ def life_refused(done: object, status: int, *said: str) -> None:
     assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
     assert all(text in lines[-1] for text in said), lines[-1]
     assert not any("error" in line for line in lines[:-1])
+
+
+def test_a_run_folder_holds_what_the_readme_says(life):
+    words, out = life
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+
+    def documented_keys(name):
+        line = next(line for line in readme.splitlines() if line.startswith(f"| `{name}` |"))
+        return set(re.findall(r"`(\w+)`", line.split("|", 2)[2]))
+
+    config, results = (json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
+                       for name in ("config", "results"))
+    assert set(config) | set(config["facts"]) == documented_keys("config.json")
+    assert config["settings"]["finetune_steps"] == 60 and config["settings"]["recadam_cof"] == 500
+    assert shlex.split(config["command"])[:2] == ["python", "finetune.py"]
+    assert config["versions"]["torch"] == torch.__version__
+    assert config["versions"]["numpy"] == np.__version__
+    assert set(results) | set(results["rows"][0]) == documented_keys("results.json")
+    for line in log_of(out):
+        assert {"stage", "round", "step", "loss", "grad_norm", "lr"} == set(line)
+        assert set(line) <= documented_keys("log.jsonl")
+    timing = json.loads((out / "timing.jsonl").read_text(encoding="utf-8"))
+    assert set(timing) <= documented_keys("timing.jsonl") and timing["steps"] == 60
+    assert timing["examples_per_second"] == pytest.approx(60 * 8 / timing["seconds"])
+    with safe_open(out / "finetuned-RecAdam.safetensors", "pt") as file:
+        about = file.metadata()
+    assert about["dataset"] == words[2] and about["data"] == config["facts"]["data"]
+    assert (about["init"], about["method"], about["step"]) == ("tiny", "recadam", "60")
+    assert json.loads(about["config"])["classes"] == ["größe 0", "größe 1"]
+
+
+def test_exported_weights_name_their_teachers(tmp_path):
+    model, data, config = labelled("image")
+    config = replace(config, steps=2, batch_size=6, rounds=2, dataset="birds", init="tiny")
+    distill.self_distill(model, data.train, config, run.Run(tmp_path, config, init_weights="hash"))
+    for name, teacher in (("further", "none"), ("distilled-1", "further"),
+                          ("distilled-2", "distilled-1")):
+        with safe_open(tmp_path / f"{name}.safetensors", "pt") as file:
+            about = file.metadata()
+        assert (about["teacher"], about["step"], about["dataset"]) == (teacher, "2", "birds")
+        assert (about["init"], about["init_weights"], about["seed"]) == ("tiny", "hash", "0")
+        assert json.loads(about["config"])["width"] == model.config.width
+
+
+def test_progress_is_whole_lines_where_the_output_is_a_file(tmp_path):
+    done = program("finetune.py", "--smoke", "--data-dir", str(tmp_path), "--out",
+                   str(tmp_path / "out"), PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and "\r" not in done.stderr
+    assert re.fullmatch(r"fine-tuning: step 4/4, .*it/s, .* left, loss=\d.*\n", done.stderr)
+    assert "θ_init" in done.stdout  # whatever the console's own encoding
 
 
 @posix
