@@ -173,7 +173,8 @@ def self_distill(initial_model: nn.Module, inputs: object, config: Config,
         student = copy.deepcopy(initial_model)  # 3: θ_t <- θ_init, φ_t <- φ_init
         models.append(this.kept(
             f"distilled-{t}", initial_model,
-            lambda: pretrain(student, teacher, inputs, config, t, this)))  # 4-16
+            lambda: pretrain(student, teacher, inputs, config, t, this),  # 4-16
+            "further" if t == 1 else f"distilled-{t - 1}"))
     return models  # Algorithm 1 returns the last
 
 

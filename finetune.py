@@ -218,7 +218,8 @@ def fine_tune(model: nn.Module, data: fetch.Data, config: run.Config, this: run.
     if this.folder:
         about = {"model": "classifier", "classes": data.classes, **asdict(model.config)}
         path = this.folder / f"finetuned-{row.replace(' ', '-')}.safetensors"
-        fetch.save_weights(classifier.state_dict(), about, path, **this.lineage)
+        fetch.save_weights(classifier.state_dict(), about, path, **this.lineage, row=row,
+                           method=config.method, step=str(config.finetune_steps))
     return {"method": row, "seed": config.seed, "metric": data.metric,
             "score": score(data.metric, test_logits.argmax(1), data.test_labels, len(data.classes)),
             "train_loss": train_loss, "test_loss": test_loss, "gap": test_loss - train_loss,

@@ -26,6 +26,7 @@ import time
 import urllib.request
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,6 +40,7 @@ from huggingface_hub import errors
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
@@ -771,19 +773,21 @@ def test_a_killed_run_carries_on_bit_for_bit(modality, tmp_path, monkeypatch):
 
         this.log = dying_log
         models = distill.self_distill(model, data.train, config, this)
-        rows = {"fine-tuning": (model, "finetune"), "RecAdam": (models[-1], "recadam")}
+        rows = {"fine-tuning": (model, "finetune"), "RecAdam": (models[-1], "recadam"),
+                "MARS": (models[-1], "mars"), "R3F": (models[-1], "r3f")}
         finetune.measure(rows, model, data, config, this)
 
     go(tmp_path / "whole")
     monkeypatch.setattr(run.Run, "_key", lambda self, *_, **facts: str(self.folder))
-    for moment in (1, 3, 4, 7, 9, 11, 16, 20):
+    for moment in (1, 3, 4, 7, 9, 11, 16, 20, 26, 32):  # the last two in MARS and in R3F
         with pytest.raises(Killed):
             go(tmp_path / str(moment), moment)
         go(tmp_path / str(moment))
         for name in ("log.jsonl", "results.json"):
             same = [(tmp_path / folder / name).read_bytes() for folder in ("whole", str(moment))]
             assert same[0] == same[1], f"{name} after a stop at {moment}"
-        for name in ("distilled-1.safetensors", "finetuned-RecAdam.safetensors"):
+        for name in ("distilled-1", *(f"finetuned-{row}" for row in ("RecAdam", "MARS", "R3F"))):
+            name += ".safetensors"
             a, b = (load_file(tmp_path / folder / name) for folder in ("whole", str(moment)))
             assert all(torch.equal(a[key], b[key]) for key in a), f"{name} after a stop at {moment}"
 
@@ -2815,6 +2819,9 @@ def test_a_finished_run_answers_at_once_and_a_seed_repeats(tmp_path):
         == (tmp_path / "a" / "log.jsonl").read_bytes()
         == (tmp_path / "b" / "c" / "log.jsonl").read_bytes()
     )
+    for name in ("distilled-1.safetensors", "finetuned-self-distillation.safetensors"):
+        a, b = (load_file(tmp_path / folder / name) for folder in ("a", "b/c"))
+        assert all(torch.equal(a[key], b[key]) for key in a)
     program(*words[:-1], "4", "--out", str(tmp_path / "d" / "e"))
     assert logged != (tmp_path / "d" / "e" / "log.jsonl").read_bytes()
 
@@ -3505,6 +3512,56 @@ def life_refused(done: object, status: int, *said: str) -> None:
     assert not any("error" in line for line in lines[:-1])
 
 
+def test_a_run_folder_holds_what_the_readme_says(life):
+    words, out = life
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+
+    def documented_keys(name):
+        line = next(line for line in readme.splitlines() if line.startswith(f"| `{name}` |"))
+        return set(re.findall(r"`(\w+)`", line.split("|", 2)[2]))
+
+    config, results = (json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
+                       for name in ("config", "results"))
+    assert set(config) | set(config["facts"]) == documented_keys("config.json")
+    assert config["settings"]["finetune_steps"] == 60 and config["settings"]["recadam_cof"] == 500
+    assert shlex.split(config["command"])[:2] == ["python", "finetune.py"]
+    assert config["versions"]["torch"] == torch.__version__
+    assert config["versions"]["numpy"] == np.__version__
+    assert set(results) | set(results["rows"][0]) == documented_keys("results.json")
+    for line in log_of(out):
+        assert {"stage", "round", "step", "loss", "grad_norm", "lr"} == set(line)
+        assert set(line) <= documented_keys("log.jsonl")
+    timing = json.loads((out / "timing.jsonl").read_text(encoding="utf-8"))
+    assert set(timing) <= documented_keys("timing.jsonl") and timing["steps"] == 60
+    assert timing["examples_per_second"] == pytest.approx(60 * 8 / timing["seconds"])
+    with safe_open(out / "finetuned-RecAdam.safetensors", "pt") as file:
+        about = file.metadata()
+    assert about["dataset"] == words[2] and about["data"] == config["facts"]["data"]
+    assert (about["init"], about["method"], about["step"]) == ("tiny", "recadam", "60")
+    assert json.loads(about["config"])["classes"] == ["größe 0", "größe 1"]
+
+
+def test_exported_weights_name_their_teachers(tmp_path):
+    model, data, config = labelled("image")
+    config = replace(config, steps=2, batch_size=6, rounds=2, dataset="birds", init="tiny")
+    distill.self_distill(model, data.train, config, run.Run(tmp_path, config, init_weights="hash"))
+    for name, teacher in (("further", "none"), ("distilled-1", "further"),
+                          ("distilled-2", "distilled-1")):
+        with safe_open(tmp_path / f"{name}.safetensors", "pt") as file:
+            about = file.metadata()
+        assert (about["teacher"], about["step"], about["dataset"]) == (teacher, "2", "birds")
+        assert (about["init"], about["init_weights"], about["seed"]) == ("tiny", "hash", "0")
+        assert json.loads(about["config"])["width"] == model.config.width
+
+
+def test_progress_is_whole_lines_where_the_output_is_a_file(tmp_path):
+    done = program("finetune.py", "--smoke", "--data-dir", str(tmp_path), "--out",
+                   str(tmp_path / "out"), PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and "\r" not in done.stderr
+    assert re.fullmatch(r"fine-tuning: step 4/4, .*it/s, .* left, loss=\d.*\n", done.stderr)
+    assert "θ_init" in done.stdout  # whatever the console's own encoding
+
+
 @posix
 def test_a_stopped_run_says_how_to_go_on_and_a_running_one_is_locked(life, tmp_path):
     words, whole = life
@@ -3595,3 +3652,136 @@ def test_a_loss_or_weight_that_is_not_finite_says_where(life, tmp_path):
             listed = re.search("examples ([0-9, ]+) ", done.stderr).group(1)
             drawn = run.draw_batch(20, 8, 0, "labelled order", 0, 2).tolist()
             assert [int(number) for number in listed.split(", ")] == drawn
+
+
+class LifeHandler(ServeHandler):
+    """Serves as slowly as a network does, so that a download can be killed."""
+
+    def setup(self):
+        super().setup()
+        write = self.wfile.write
+
+        def slowly(data):
+            for start in range(0, len(data), 1 << 16):
+                write(data[start:start + (1 << 16)])
+                time.sleep(0.005)
+
+        self.wfile.write = slowly
+
+    def handle(self):
+        with suppress(OSError):  # the killed process no longer listens
+            super().handle()
+
+
+# the real programs, but for the addresses and sums of one data set
+LIFE_PROGRAM = """
+import json, sys
+from support import fetch, run
+import distill
+name, files = json.loads(sys.argv.pop(1))
+fetch.DATASETS[name] = *fetch.DATASETS[name][:2], [fetch.File(*file) for file in files]
+run.program(distill.main)
+"""
+
+
+def life_served(modality: str, folder: Path) -> tuple[str, dict[str, bytes]]:
+    """A data set's name, and the files that its servers have, made up."""
+    draws = np.random.default_rng(0)
+    if modality == "text":
+        words = " ".join(texts.docstrings(Path(texts.__file__))).split()
+        rows = [{"text": " ".join(draws.choice(words, 60)), "label": f"class {i % 3}"}
+                for i in range(3000)]
+        lines = [json.dumps(row) + "\n" for row in rows]
+        return "acl_arc", {f"{split}.jsonl": "".join(lines[first:last]).encode() for
+                           split, first, last in (("train", 0, 2000), ("dev", 2000, 2100),
+                                                  ("test", 2100, 3000))}
+    members = [(f"{split}.bin", draws.integers(0, 256, (count, 3074), np.uint8))
+               for split, count in (("train", 3000), ("test", 1000))]
+    for _, records in members:
+        records[:, 1] %= 3
+    names = "\n".join(f"class {i}" for i in range(3)).encode()
+    contents = [*((name, records.tobytes()) for name, records in members),
+                ("fine_label_names.txt", names)]
+    archive = data_tar(folder / "served.tgz", *(
+        (f"cifar-100-binary/{name}", tarfile.REGTYPE, content) for name, content in contents))
+    return "cifar100", {"cifar-100-binary.tar.gz": archive.read_bytes()}
+
+
+LIFE_STAGES = ("start", "download", "decode", "further pre-training 0", "self-distillation 1",
+               "self-distillation 2", "fine-tuning 0", "fine-tuning, further pre-training 0",
+               "fine-tuning, self-distillation 0", "results")
+
+
+def life_stage(out: Path, data: Path, title: str, since: int) -> str:
+    """What a run is at, from what it has written since a time in ns."""
+    log = out / "log.jsonl"
+    if (out / "results.json").exists():
+        return "results"
+    if log.exists():
+        lines = run.read_lines(log)
+        fresh = lines and log.stat().st_mtime_ns > since
+        return f"{lines[-1]['stage']} {lines[-1]['round']}" if fresh else "start"
+    if (data / title).is_dir():
+        return "decode"
+    parts = [path for path in data.rglob("*") if path.name != data.name] if data.is_dir() else []
+    return "download" if parts else "start"
+
+
+@posix
+@pytest.mark.slow
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_a_run_killed_at_random_moments_of_every_stage_ends_as_if_it_had_not_been(
+        modality, tmp_path, monkeypatch):
+    """SIGKILL at more than 20 moments, mid-file too; weights, log and results bit for bit."""
+    monkeypatch.setenv("no_proxy", "*")
+    name, files = life_served(modality, tmp_path)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), LifeHandler)
+    server.seen, server.files = [], {f"/{file}": content for file, content in files.items()}
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    title, _, known = fetch.DATASETS[name]
+    table = [[file.name, [f"http://127.0.0.1:{server.server_port}/{Path(file.name).name}"],
+              hashlib.sha256(files[Path(file.name).name]).hexdigest()] for file in known]
+    words = ["-c", LIFE_PROGRAM, json.dumps([name, table]), "--dataset", name, "--init", "tiny",
+             "--smoke", "--train-size", "60", "--rounds", "2", "--steps", "30",
+             "--finetune-steps", "30", "--save-every", "4"]
+
+    def go(folder: str) -> subprocess.Popen:
+        where = ["--data-dir", str(tmp_path / folder / "sets"), "--out",
+                 str(tmp_path / folder / "runs" / "out")]
+        return subprocess.Popen([sys.executable, *words, *where], cwd=ROOT, text=True,
+                                encoding="utf-8", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                                env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    first = go("whole")
+    shown = first.communicate()[1]
+    assert first.returncode == 0, shown
+    out, data = tmp_path / "killed" / "runs" / "out", tmp_path / "killed" / "sets"
+    seed = int(os.environ.get("KILL_SEED", time.time()))
+    draws, killed = np.random.default_rng(seed), []
+    print(f"KILL_SEED={seed} repeats this")
+    for wanted in [stage for stage in LIFE_STAGES[:-1] for _ in range(2 + (stage[-1:] == "0"))]:
+        process, since = go("killed"), time.time_ns()
+        # every other kill of a stage falls into the writing of a file
+        mid_file = bool(draws.integers(2)) and wanted not in ("start", "download", "decode")
+        while process.poll() is None:
+            stage = life_stage(out, data, title, since)
+            if LIFE_STAGES.index(stage) >= LIFE_STAGES.index(wanted) and (
+                    not mid_file or stage == "results" or any(out.glob("*.part"))):
+                break
+            time.sleep(0.001)
+        time.sleep(0 if mid_file else draws.uniform(0, 2.0 if wanted == "start" else 0.3))
+        part = [path.name for path in out.glob("*.part")]
+        process.kill()
+        process.communicate()
+        if process.returncode == -signal.SIGKILL:
+            killed.append((stage, bool(part)))
+        else:
+            assert process.returncode == 0 and (out / "results.json").exists()
+    last = go("killed")
+    shown = last.communicate()[1]
+    assert last.returncode == 0, shown
+    server.shutdown()
+    counts = {stage: sum(at == stage for at, _ in killed) for stage in LIFE_STAGES}
+    print(f"{len(killed)} kills, {sum(part for _, part in killed)} amid a file: {counts}")
+    assert len(killed) >= 20 and all(counts[stage] for stage in LIFE_STAGES[:-1])
+    assert life_same(out, tmp_path / "whole" / "runs" / "out")

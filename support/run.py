@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
@@ -602,6 +603,16 @@ def _revision() -> str:
         return "unknown"
 
 
+def _versions() -> dict[str, str]:
+    """Python's and those of the packages in requirements.txt that are installed."""
+    found = {"python": platform.python_version()}
+    wanted = (fetch.ROOT / "requirements.txt").read_text(encoding="utf-8")
+    for name in re.findall(r"(?m)^\w[\w-]*", wanted):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
 def _command() -> str:
     """The command line that is running, as one may type it again."""
     join = subprocess.list2cmdline if os.name == "nt" else shlex.join
@@ -672,12 +683,13 @@ class Run:
                 part.unlink()
         settings = recorded(config)
         self.lineage = {name: str(getattr(config, name)) for name in ("dataset", "init", "seed")}
+        self.lineage |= {name: str(value) for name, value in facts.items()}
         self.config, self.facts = config, facts
         known = folder / "config.json"
         if not known.exists():
             write_json({"settings": settings, "facts": facts, "command": _command(),
-                        "python": platform.python_version(), "torch": torch.__version__,
-                        "machine": platform.platform(), "device": str(device(config)),
+                        "versions": _versions(), "machine": platform.platform(),
+                        "device": str(device(config)), "threads": torch.get_num_threads(),
                         "git": _revision()}, known)
             return
         record = read_json(known)
@@ -706,12 +718,13 @@ class Run:
             " or --precision fp32" if uses_bf16(config) else "")
         start = self._resume(model)
         every, minutes = config.save_every.rstrip("m"), config.save_every.endswith("m")
-        saved = began = time.monotonic()
-        # a bar of its own for every stage; few lines where the output is a file
+        saved = told = began = time.monotonic()
+        # a bar of its own for every stage; a line now and then where the output is a file
+        bars, lines = (self.folder and sys.stderr.isatty() == tty for tty in (True, False))
+        title = f"{name}, round {round}" if round else name
         end_well = _noting() if self.folder or parallel.rank() else contextlib.nullcontext([])
-        with tqdm(total=steps, initial=start, desc=name, disable=self.folder is None,
-                  dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 20
-                  ) as self.bar, end_well as stops:
+        with tqdm(total=steps, initial=start, desc=title, disable=not bars, dynamic_ncols=True,
+                  mininterval=0.5) as self.bar, end_well as stops:
             for step in range(start, steps):
                 self.step = step
                 ramp = warmup * steps
@@ -722,6 +735,12 @@ class Run:
                 torch.manual_seed(seed_of(config.seed, "dropout", round, step, *alone))
                 yield step
                 self.bar.update()
+                if lines and (time.monotonic() - told >= 20 or step + 1 == steps):
+                    told = time.monotonic()
+                    print(tqdm.format_meter(
+                        step + 1, steps, told - began, prefix=title, initial=start,
+                        postfix=self.bar.postfix, bar_format="{desc}: step {n}/{total}, "
+                        "{rate_fmt}, {remaining} left{postfix}"), file=sys.stderr, flush=True)
                 if minutes:
                     due = time.monotonic() - saved >= 60 * float(every)
                 else:
@@ -730,13 +749,12 @@ class Run:
                     self._save(model, step + 1)
                     saved = time.monotonic()
                 if stops:
+                    if self.folder:
+                        self._time(began, step + 1 - start)
                     raise Stopped(stops[0])
+        self._sound(model, steps)
         if self.folder:
-            seconds = time.monotonic() - began
-            timing = {"stage": name, "round": round, "steps": steps - start, "seconds": seconds}
-            if torch.cuda.is_available():
-                timing["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
-            self._append("timing.jsonl", timing)
+            self._time(began, steps - start)
 
     def log(self, index: torch.Tensor, **values: torch.Tensor) -> None:
         """Note a step's losses, gradient norm and so on, of the examples index Long[B].
@@ -775,6 +793,29 @@ class Run:
         self.unread = []
         return values
 
+    def _sound(self, model: torch.nn.Module, step: int) -> None:
+        """FloatingPointError where the first so many steps made something that is not finite."""
+        if self.unread:
+            self._read()
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise FloatingPointError(
+                f"{self.name}, round {self.round}, step {step - 1} made a weight that is not "
+                f"finite{self.finite}; what was saved before is kept: try {self.hint} in another "
+                "--out")
+
+    def _time(self, began: float, steps: int) -> None:
+        """A line of timing.jsonl, which has all that differs between two equal runs."""
+        seconds = max(time.monotonic() - began, 1e-9)
+        line = {"stage": self.name, "round": self.round, "steps": steps, "seconds": seconds,
+                "examples_per_second": self.examples / seconds}
+        if torch.cuda.is_available():
+            line["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
+        if os.name == "posix":
+            import resource  # Windows has none
+            unit = 1 if sys.platform == "darwin" else 1024
+            line["peak_bytes"] = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        self._append("timing.jsonl", line)
+
     def _append(self, name: str, line: dict) -> None:
         """Add a line to a .jsonl of the folder, and have it on the disk."""
         try:
@@ -786,13 +827,7 @@ class Run:
             raise OSError(f"{self.folder / name} cannot be written ({error})") from error
 
     def _save(self, model: torch.nn.Module, step: int) -> None:
-        if self.unread:
-            self._read()
-        if not all(p.isfinite().all() for p in model.parameters()):
-            raise FloatingPointError(
-                f"{self.name}, round {self.round}, step {step - 1} made a weight that is not "
-                f"finite{self.finite}; what was saved before is kept: try {self.hint} in another "
-                "--out")
+        self._sound(model, step)
         tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
         for i, state in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{i}.{name}": torch.as_tensor(value)
@@ -842,11 +877,11 @@ class Run:
         return hashlib.blake2b(depends, digest_size=16).hexdigest()
 
     def kept(self, name: str, like: torch.nn.Module,
-             make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+             make: Callable[[], torch.nn.Module], teacher: str = "none") -> torch.nn.Module:
         """The model that <name>.safetensors holds, made and saved if it is not there yet.
 
         It is also taken from a neighbouring run folder, if everything that it depends on has the
-        same hash.
+        same hash. teacher: the name of the model that it learns from.
         """
         key = self.folder and self._key(
             self.config, FURTHER if name == "further" else FURTHER + STUDENT, ("distill.py",),
@@ -855,7 +890,7 @@ class Run:
         found = parallel.agree(path and (path if path.exists() else self._made_alike(name, key)))
         model = type(like).from_pretrained(found) if found else make()
         if path and found != path:
-            model.save(path, **self.lineage, key=key)
+            model.save(path, **self.lineage, teacher=teacher, step=str(self.config.steps), key=key)
         return model
 
     def _made_alike(self, name: str, key: str) -> Path | None:
