@@ -100,12 +100,13 @@ class Encoder(nn.Module):
         self.dropout = nn.Dropout(config.dropout)  # one for all layers: its p is the model's
         self.blocks = nn.ModuleList(Block(config, self.dropout) for _ in range(config.depth))
 
-    def forward(self, ids: Tensor, attention: Tensor | None = None,
-                noise: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Tensor, attention: Tensor | None = None, noise: Tensor | None = None,
+                tied: bool = False) -> Tensor:
         """Hidden states [B, K, D] of ids [B, K], zero where `attention` [B, K] is False.
 
         attention defaults to what is not padding. noise [B, K, D] is added to the word embeddings,
         which are then constants: R3F (Aghajanyan et al. 2021) does not train what it perturbs.
+        tied: the head's use of the word embedding, whose gradient is dense, is in the same loss.
         """
         config, (B, K) = self.config, ids.shape
         assert K <= config.max_length, f"{K} tokens, the model takes at most {config.max_length}"
@@ -113,7 +114,9 @@ class Encoder(nn.Module):
         attention = real if attention is None else attention.bool()
         place = attention.flatten().nonzero().squeeze(1)  # [N]
         order = (real.cumsum(1) * real).flatten()[place]  # [N], counts from 1
-        word = self.word(ids.flatten()[place])  # [N, D]
+        # a few words' gradient added to the head's dense one, not a second [V, D] of zeros
+        sparse = tied and not torch.compiler.is_compiling()
+        word = F.embedding(ids.flatten()[place], self.word.weight, sparse=sparse)  # [N, D]
         if noise is not None:
             word = word.detach() + noise.flatten(0, 1)[place]  # [N, D]
         # RoBERTa's positions start behind the padding id
@@ -181,7 +184,7 @@ class MLM(nn.Module):
         """
         x_hat = ids.masked_fill(mask, self.config.mask_id) if corrupted is None else corrupted
         attention = ids != self.config.pad_id if attention is None else attention
-        return self.nll(self.encoder(x_hat, attention), ids, mask)  # [B]
+        return self.nll(self.encoder(x_hat, attention, tied=True), ids, mask)  # [B]
 
     def nll(self, hidden: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """The loss [B] of hidden states f_θ(x̂) [B, K, D]."""
@@ -204,7 +207,7 @@ class MLM(nn.Module):
         attention = ids != self.config.pad_id  # [B, K]
         if not unmasked:
             return self.loss(ids, mask, attention, corrupted), None
-        both = self.encoder(torch.cat([corrupted, ids]), attention.repeat(2, 1))  # [2B, K, D]
+        both = self.encoder(torch.cat([corrupted, ids]), attention.repeat(2, 1), tied=True)
         masked, hidden = both.chunk(2)  # 2 of [B, K, D]
         return self.nll(masked, ids, mask), hidden
 
