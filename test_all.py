@@ -3475,8 +3475,28 @@ def test_a_small_and_a_read_only_file_system_leave_the_checkpoint(life, tmp_path
         subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
         assert program(*words, "--save-every", "5m", "--out", str(out)).returncode == 0
         assert life_same(out, whole)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        done = program(*words, "--out", str(out))  # what has finished can still be read
+        assert done.returncode == 0 and "RecAdam" in done.stdout, done.stderr
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit a process's memory")
+def test_too_little_memory_leaves_the_checkpoint_and_says_what_needs_less(life, tmp_path):
+    import resource
+
+    words, out = [*life[0], "--finetune-batch-size", "1500"], tmp_path / "out"
+    process = life_started(words, out)
+    process.terminate()
+    process.communicate()
+    held = (out / "checkpoint.safetensors").read_bytes()
+    process = life_started(words, out, preexec_fn=lambda: resource.setrlimit(
+        resource.RLIMIT_AS, (2_000_000_000, 2_000_000_000)))
+    done = SimpleNamespace(stderr=process.communicate()[1], returncode=process.returncode)
+    life_refused(done, 1, "out of memory", "--batch-size", "--accumulate", "what was saved is kept")
+    assert (out / "checkpoint.safetensors").read_bytes() == held
 
 
 def test_a_loss_or_weight_that_is_not_finite_says_where(life, tmp_path):
@@ -3532,7 +3552,7 @@ def life_served(modality: str, folder: Path) -> tuple[str, dict[str, bytes]]:
     draws = np.random.default_rng(0)
     if modality == "text":
         words = " ".join(texts.docstrings(Path(texts.__file__))).split()
-        rows = [{"text": " ".join(draws.choice(words, 60)), "label": f"class {i % 3}"}
+        rows = [{"text": " ".join(draws.choice(words, 15)), "label": f"class {i % 3}"}
                 for i in range(3000)]
         lines = [json.dumps(row) + "\n" for row in rows]
         return "acl_arc", {f"{split}.jsonl": "".join(lines[first:last]).encode() for
@@ -3585,8 +3605,8 @@ def test_a_run_killed_at_random_moments_of_every_stage_ends_as_if_it_had_not_bee
     table = [[file.name, [f"http://127.0.0.1:{server.server_port}/{Path(file.name).name}"],
               hashlib.sha256(files[Path(file.name).name]).hexdigest()] for file in known]
     words = ["-c", LIFE_PROGRAM, json.dumps([name, table]), "--dataset", name, "--init", "tiny",
-             "--smoke", "--train-size", "60", "--rounds", "2", "--steps", "30",
-             "--finetune-steps", "30", "--save-every", "4"]
+             "--smoke", "--train-size", "60", "--rounds", "2", "--steps", "20",
+             "--finetune-steps", "20", "--save-every", "3"]
 
     def go(folder: str) -> subprocess.Popen:
         where = ["--data-dir", str(tmp_path / folder / "sets"), "--out",
