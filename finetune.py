@@ -234,11 +234,10 @@ def prepare(program: str, config: run.Config) -> tuple[nn.Module, fetch.Data, ru
     with parallel.in_turn():
         model = run.load_model(mlm.MLM if config.modality == "text" else mae.MAE, config)
         data = run.load_data(config, model)
+    run.check_sizes(program, config, data)
     config = run.fill(config, model, len(data.train))
     folder = run.folder(program, config, model, len(data.train))
     check_recadam(config if program != "baselines" else replace(config, method="recadam"))
-    if program != "distill" and (data.train_labels is None or data.test_labels is None):
-        raise fetch.BadInput(f"{config.dataset} has no labels to fine-tune on: distill.py takes it")
     return model, data, config, run.Run(folder, config, data=data.fingerprint,
                                         source=data.note, init_weights=run.digest(model))
 

@@ -736,11 +736,11 @@ def test_every_default_comes_from_the_table():
 @pytest.mark.parametrize("argv, named", [
     (["--masking", "80-10-10"], "not for images"),
     (["--dataset", "pydocs", "--masking", "fixed"], "not for texts"),
-    (["--mask-prob", "1.5"], "between 0 and 1"),
+    (["--mask-prob", "1.5"], "more than 0 and less than 1"),
     (["--rounds", "-1"], "rounds"),
     (["--steps", "0"], "at least 1"),
     (["--dataset", "pydocs", "--as-released"], "for images"),
-    (["--as-released", "--match", "l2"], "leave some out"), (["--save-every", "abc"], "minutes"),
+    (["--as-released", "--match", "l2"], "match cls"), (["--save-every", "abc"], "minutes"),
 ])
 def test_flags_without_sense_are_refused(argv, named):
     with pytest.raises(fetch.BadInput, match=named):
@@ -2835,8 +2835,8 @@ def test_a_finished_run_answers_at_once_and_a_seed_repeats(tmp_path):
     [
         (["--masking", "80-10-10"], "not for images"),
         (["--init", "nowhere.safetensors"], "nowhere.safetensors"),
-        (["--step", "3"], "unrecognized arguments: --step"),
-        (["--match", "hiden"], "invalid choice: 'hiden'"),
+        (["--step", "3"], "--step is no flag of distill.py (did you mean --steps?)"),
+        (["--match", "hiden"], "none of hidden, cls, prediction, l2, mars (did you mean"),
         (["--method", "recadam", "--recadam-cof", "5000"], "RecAdam would diverge"),
         (["--train-size", "7"], "classes"),
     ],
@@ -2858,7 +2858,7 @@ def test_flags_are_the_same_in_every_program():
         for flag, text in re.findall(r"\n  (--[a-z0-9-]+)(.*?)(?=\n  --|\Z)", shown, re.S):
             text = " ".join(text.split())
             assert seen.setdefault(flag, text) == text or flag == "--dataset", flag
-    wanted = """--dataset --data-dir --init --out --seed --device --precision --compile
+    wanted = """--dataset --data-dir --init --out --seed --device --accumulate --precision --compile
         --save-every --smoke --steps --batch-size --lr --weight-decay --mask-prob --rounds
         --train-size --finetune-steps --finetune-batch-size --finetune-lr --method --recadam-cof
         --recadam-t0 --recadam-k --mars-radius --r3f-eps --r3f-weight --match
@@ -3613,11 +3613,11 @@ def test_a_full_disk_and_vanished_data_leave_the_checkpoint(life, tmp_path):
     life_refused(done, 1, "checkpoint.safetensors cannot be written", "room", "carries on")
     mine.rename(mine.with_name("gone"))
     try:
-        life_refused(program(*words, "--out", str(out)), 2, "no pictures at", str(mine))
+        life_refused(program(*words, "--out", str(out)), 2, "no data set", str(mine))
     finally:
         mine.with_name("gone").rename(mine)
     assert (out / "checkpoint.safetensors").read_bytes() == held and not list(out.glob("*.part"))
-    assert program(*words, "--save-every", "5m", "--out", str(out)).returncode == 0
+    assert program(*words[:-1], "5m", "--out", str(out)).returncode == 0
     assert life_same(out, whole)
 
 
@@ -3638,7 +3638,7 @@ def test_a_small_and_a_read_only_file_system_leave_the_checkpoint(life, tmp_path
         life_refused(done, 1, "Read-only file system", str(out), "carries on")
         assert (out / "checkpoint.safetensors").read_bytes() == held
         subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
-        assert program(*words, "--save-every", "5m", "--out", str(out)).returncode == 0
+        assert program(*words[:-1], "5m", "--out", str(out)).returncode == 0
         assert life_same(out, whole)
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         done = program(*words, "--out", str(out))  # what has finished can still be read
@@ -3855,3 +3855,130 @@ def test_damaged_files_of_a_run_are_named(tmp_path, monkeypatch):
     (tmp_path / "cut" / "config.json").write_text("{")
     with pytest.raises(BadInput, match="config.json is not what this program wrote"):
         go("cut")
+
+
+# ============================================================================= no garbage in
+# Whatever is wrong with weights, data, flags or downloads: one line, status 1 or 2, nothing made.
+
+
+def garbage_refused(capfd, monkeypatch, words: list, status: int = 2) -> str:
+    """Run a program within this process: its only line on standard error, at that status."""
+    monkeypatch.setattr(sys, "argv", list(map(str, words)))
+    handlers = {number: signal.getsignal(number) for number in run.STOPS}
+    try:
+        with pytest.raises(SystemExit) as left:
+            run.program(importlib.import_module(words[0].removesuffix(".py")).main)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    lines = capfd.readouterr().err.splitlines()
+    assert left.value.code == status and lines and lines[-1].startswith("error: "), lines
+    assert len([line for line in lines if "|" not in line]) == 1  # bars of decoding aside
+    return lines[-1]
+
+
+def garbage_tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder with its content."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes()
+            for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="session")
+def garbage_data(tmp_path_factory):
+    """A data folder that has the drawn birds, the docstrings and pictures without labels."""
+    folder = tmp_path_factory.mktemp("data")
+    images.load("toybirds", folder, 40)
+    texts.load("pydocs", folder, mlm.MLM.from_pretrained("tiny").tokenizer, 128)
+    data_pictures(folder / "flat", 12)
+    images.load(str(folder / "flat"), folder, 40)
+    return folder
+
+
+GARBAGE_FLAGS = [  # (command line, what the message has in it)
+    # out of range
+    ("distill.py --mask-prob 0", "--mask-prob is 0.0: use more than 0 and less than 1"),
+    ("distill.py --mask-prob 1", "--mask-prob is 1.0"), ("mae.py --mask-prob nan", "nan"),
+    ("mlm.py --mask-prob -0.1", "--mask-prob is -0.1"), ("distill.py --rounds -1", "at least 0"),
+    ("distill.py --rounds 99999999999", "less than 1000000000"),
+    ("distill.py --steps 0", "is 0: use at least 1"), ("distill.py --lr inf", "--lr is inf"),
+    ("distill.py --batch-size -3", "--batch-size"), ("distill.py --lr 0", "more than 0"),
+    ("finetune.py --finetune-lr -1", "--finetune-lr"), ("distill.py --lr 1e999", "--lr is inf"),
+    ("finetune.py --finetune-steps 0", "at least 1"), ("distill.py --weight-decay nan", "decay"),
+    ("distill.py --mae-weight -1", "--mae-weight"), ("baselines.py --recadam-cof -1", "at least 0"),
+    ("baselines.py --recadam-t0 -1", "-t0"), ("baselines.py --recadam-k 0", "more than 0"),
+    ("baselines.py --mars-radius -2", "--mars-radius"), ("baselines.py --r3f-eps inf", "--r3f-eps"),
+    ("baselines.py --r3f-weight -1", "--r3f-weight"), ("distill.py --train-size 0", "at least 1"),
+    ("distill.py --save-every 0", "steps (500) or minutes"), ("distill.py --save-every 5h", "5h"),
+    ("finetune.py --train-size 19", "less than the 20 classes"),
+    ("finetune.py --train-size 801", "has 800 training examples"),
+    ("finetune.py --finetune-batch-size 801", "there are 800 training examples"),
+    ("distill.py --train-size 40 --batch-size 41", "there are 40 training examples"),
+    ("distill.py --smoke --batch-size 81", "there are 80 training examples"),
+    ("distill.py --device tpu", "none of auto, cpu, cuda, mps"), ("distill.py --lr fast", "fast"),
+    ("finetune.py --method recadam --recadam-cof 5000", "RecAdam would diverge"),
+    # misspelt
+    ("distill.py --finetune-step 3", "did you mean --finetune-steps?"),
+    ("distill.py --step=3", "--step is no flag of distill.py (did you mean --steps?)"),
+    ("finetune.py --methd mars", "did you mean --method?"), ("mae.py birds", "birds is no flag"),
+    ("finetune.py --method recadm", "you mean recadam?"), ("distill.py --match hiden", "none"),
+    ("distill.py --masking bernouli", "did you mean bernoulli?"), ("distill.py --lr", "--lr"),
+    ("distill.py --pixels nrom", "did you mean norm?"), ("distill.py --steps 3.5", "--steps"),
+    ("distill.py --precision fp23", "did you mean fp32?"), ("distill.py --steps ten", "--steps"),
+    ("distill.py --dataset toybird", "did you mean toybirds?"), ("distill.py --xyzzy", "no flag"),
+    ("finetune.py --dataset scirc", "did you mean scierc?"), ("mlm.py --out x", "not one of mlm"),
+    ("distill.py --init tinny", "did you mean tiny?"), ("finetune.py --rounds 2", "not one of fin"),
+    ("distill.py --init facebook/vit-mae-bas/e", "did you mean facebook/vit-mae-base?"),
+    ("distill.py --dataset nowhere/train.jsonl", "no data set 'nowhere/train.jsonl'"),
+    ("distill.py --dataset ~nobody-of-that-name", "no data set"), ("distill.py --out=", "is empty"),
+    ("distill.py --dataset=", "is empty"), ("distill.py --out README.md", "is a file"),
+    ("distill.py --data-dir README.md", "is a file"), ("distill.py --init ~nobody/x", "no weights"),
+    # combinations
+    ("distill.py --steps 3 --steps 4", "given twice"), ("distill.py --lr=1 --lr=1", "given twice"),
+    ("distill.py --recadam-cof 5", "--recadam-cof does nothing without --method recadam"),
+    ("finetune.py --method mars --recadam-cof 5", "does nothing without --method recadam"),
+    ("finetune.py --method recadam --mars-radius 1", "does nothing without --method mars"),
+    ("distill.py --r3f-weight 1", "does nothing without --method r3f"),
+    ("finetune.py --method mars --r3f-eps 1", "does nothing without --method r3f"),
+    ("finetune.py --recadam-k 0.5", "does nothing without"), ("finetune.py --recadam-t0 9", "-t0"),
+    ("distill.py --rounds 0 --match cls", "--match does nothing with --rounds 0"),
+    ("distill.py --rounds 0 --mae-weight 1", "--mae-weight does nothing with --rounds 0"),
+    ("distill.py --as-released --match hidden", "which means --match cls: leave it out"),
+    ("distill.py --as-released --masking bernoulli", "which means --masking fixed: leave it out"),
+    ("distill.py --as-released --match l2", "which means --match cls: leave it out"),
+    ("distill.py --dataset pydocs --as-released", "for images"),
+    ("distill.py --dataset pydocs --pixels raw", "--pixels does nothing for text: leave it out"),
+    ("distill.py --dataset pydocs --masking fixed", "not for texts"),
+    ("distill.py --masking 80-10-10", "not for images"), ("mae.py --dataset pydocs", "use mlm.py"),
+    ("mlm.py --dataset toybirds", "use mae.py"),
+    ("finetune.py --dataset {data}/flat --init tiny", "no labels to fine-tune on: distill.py"),
+    ("baselines.py --dataset {data}/flat --init tiny", "no labels to fine-tune on"),
+    ("distill.py --dataset {data}/flat --init tiny --finetune-lr 1", "-lr does nothing, as"),
+    ("distill.py --dataset {data}/flat --init tiny --method mars", "--method does nothing, as"),
+]
+
+
+@pytest.mark.parametrize("line, said", GARBAGE_FLAGS)
+def test_flags_that_are_wrong_are_refused(line, said, garbage_data, tmp_path, capfd, monkeypatch):
+    words = line.format(data=garbage_data).split()
+    for name in ("--data-dir", "--out"):  # where the case itself does not name them
+        if name not in line and (name, words[0]) != ("--out", "mlm.py"):
+            words += [name, str({"--out": tmp_path / "out"}.get(name, garbage_data))]
+    before = garbage_tree(garbage_data)
+    assert said in garbage_refused(capfd, monkeypatch, words)
+    assert not list(tmp_path.iterdir()) and garbage_tree(garbage_data) == before
+
+
+@pytest.mark.parametrize("line", [  # as sensible as they are unusual
+    "baselines.py --recadam-cof 5 --mars-radius 0 --r3f-eps 0 --r3f-weight 0 --recadam-t0 0",
+    "distill.py --method recadam --recadam-k 0.1 --rounds 0 --as-released",
+    "distill.py --as-released --match cls --masking fixed --mae-weight 0",
+    "finetune.py --method r3f --r3f-eps 1 --save-every .5m", "mae.py --pixels raw --mask-prob 0.99",
+    "distill.py --dataset pydocs --masking 80-10-10 --match l2", "mlm.py --dataset pydocs"])
+def test_flags_that_make_sense_are_taken(line):
+    program_name, *words = line.split()
+    assert run.parse(program_name.removesuffix(".py"), "", words)
+
+
+def test_a_default_batch_is_no_larger_than_the_set():
+    config = run.fill(run.Config(), mae.MAE.from_pretrained("tiny"), 20)
+    assert (config.batch_size, config.finetune_batch_size) == (20, 20)

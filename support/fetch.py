@@ -4,6 +4,7 @@ Nothing here runs code from a file: weights are safetensors (a hub's old `pytorc
 opened with `weights_only=True` and converted once), archives are unpacked member by member.
 """
 import contextlib
+import difflib
 import hashlib
 import http.client
 import json
@@ -18,7 +19,7 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
@@ -33,6 +34,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 class BadInput(ValueError):
     """What the user gave cannot be used; the message is one sentence: what, where, what to do."""
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """What a misspelt word may have meant, as part of a message; "" where none is near."""
+    found = difflib.get_close_matches(word, words, 1)
+    return f" (did you mean {found[0]}?)" if found else ""
 
 
 @contextlib.contextmanager
@@ -118,6 +125,7 @@ def translate(tensors: dict[str, torch.Tensor], table: dict[str, str | tuple[str
 
 # ----------------------------------------------------------------------------- weights by name
 
+NAMES = ("tiny", "random", "facebook/vit-mae-base", "FacebookAI/roberta-base")
 CONVERT = ("python -c \"import sys, torch, safetensors.torch as s; "
            "d = torch.load(sys.argv[1], weights_only=True, map_location='cpu'); "
            "s.save_file({k: v.clone() for k, v in d.get('model', d).items()}, sys.argv[2])\"")
@@ -128,7 +136,7 @@ def weights(source: str | Path, kind: str) -> Path:
 
     kind: "mae" or "mlm". A hub's files come through huggingface_hub's own cache. Raises BadInput.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # which leaves an unknown ~user as it is
     if str(source) == "tiny":
         return ROOT / "weights" / f"tiny-{kind}.safetensors"
     files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
@@ -145,8 +153,9 @@ def weights(source: str | Path, kind: str) -> Path:
     if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
         return _from_hub(str(source), kind)
     example = {"mae": "facebook/vit-mae-base", "mlm": "FacebookAI/roberta-base"}[kind]
-    raise BadInput(f"no weights at {str(source)!r}: give \"tiny\", a .safetensors file, a folder "
-                   f"with a model.safetensors or a hub id such as {example}")
+    raise BadInput(f"no weights at {str(source)!r}{nearest(str(source), NAMES)}: give \"tiny\", a "
+                   ".safetensors file, a folder with a model.safetensors or a hub id such as "
+                   f"{example}")
 
 
 def _from_hub(name: str, kind: str) -> Path:
@@ -430,7 +439,7 @@ def dataset(name: str, data_dir: str | Path) -> Path:
     Files that lie in data_dir are used as they are. Raises BadInput saying what to put there.
     """
     title, source, files = DATASETS[name]
-    data_dir, fetched = Path(data_dir).expanduser().absolute(), []
+    data_dir, fetched = Path(os.path.expanduser(data_dir)).absolute(), []
     if (data_dir / title).is_dir():
         return data_dir / title
     print(f"{name} is not in {data_dir}; fetching {source}", flush=True)

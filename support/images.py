@@ -4,6 +4,7 @@ Letters: N images, S side in pixels.
 """
 import colorsys
 import hashlib
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -421,7 +422,7 @@ def load(name: str, data_dir: str | Path, side: int) -> Data:
     labelled pictures without test/ a fifth is held out. Decoded once, then mapped from
     data_dir/cache. Raises BadInput for what cannot be found or read.
     """
-    data_dir = Path(data_dir).expanduser()
+    data_dir = Path(os.path.expanduser(data_dir))
     if name == "toybirds":
         drawn = fetch.digest(Path(__file__))  # the pictures change when this file does
         parts = [_cached(f"toybirds-{split}-{side}", (drawn, split, each, side),
@@ -439,8 +440,8 @@ def load(name: str, data_dir: str | Path, side: int) -> Data:
             except Exception as error:  # text, .mat and binary files fail in as many ways
                 raise BadInput(f"{root} does not hold {name} as it is published ({error}): move it "
                                "away to have it fetched anew") from error
-        elif Path(name).expanduser().is_dir():
-            root = Path(name).expanduser().resolve()
+        elif os.path.isdir(os.path.expanduser(name)):
+            root = Path(os.path.expanduser(name)).resolve()
             classes, train, test, note = _own(root)
         else:
             raise BadInput(f"no pictures at {name!r}: give a folder of pictures, toybirds, "

@@ -62,6 +62,14 @@ DEFAULTS = {
         mars_radius=1.0, r3f_eps=0.01),
 }
 SMOKE = dict(steps=4, batch_size=8, finetune_steps=4, finetune_batch_size=8)
+AS_RELEASED = {"match": "cls", "masking": "fixed"}
+# what a setting lies between, and whether it may be the lower value itself
+RANGES = {"mask_prob": (0, 1, False)} | dict.fromkeys(
+    ("lr", "finetune_lr", "recadam_k"), (0, 10**9, False)) | dict.fromkeys(
+    ("steps", "batch_size", "accumulate", "finetune_steps", "finetune_batch_size", "train_size"),
+    (1, 10**9, True)) | dict.fromkeys(
+    ("rounds", "weight_decay", "mae_weight", "recadam_cof", "recadam_t0", "mars_radius", "r3f_eps",
+     "r3f_weight"), (0, 10**9, True))
 TOYS = {"toybirds": "tiny", "pydocs": "tiny"}
 HUB = {"image": "facebook/vit-mae-base", "text": "FacebookAI/roberta-base"}
 TEXTS = ("chemprot", "acl_arc", "scierc", "twitter_emotion", "pydocs")
@@ -193,27 +201,81 @@ class Config:
 
 
 def parse(program: str, doc: str, argv: list[str] | None = None) -> Config:
-    """The settings of a program's command line; a mistake ends it in one sentence and status 2."""
+    """The settings of a program's command line; `BadInput` for a mistake in it."""
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog=f"{program}.py", description=doc, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = _refuse  # in one line: argparse's own prints the usage, too
     for item in fields(Config):
         if "help" not in item.metadata or program not in (item.metadata["programs"] or program):
             continue
-        name, kind = "--" + item.name.replace("_", "-"), (*get_args(item.type), item.type)[0]
+        name, kind = _flag_name(item.name), (*get_args(item.type), item.type)[0]
         if kind is bool:
-            parser.add_argument(name, action="store_true", help=item.metadata["help"])
+            parser.add_argument(name, action="store_true", default=argparse.SUPPRESS,
+                                help=item.metadata["help"])
         else:
             shown = "" if item.default is None else f" (default {item.default})"
-            parser.add_argument(name, type=kind, default=item.default,
-                                choices=item.metadata["choices"] or None,
-                                help=item.metadata["help"] + shown)
-    if program == "mlm":
-        parser.set_defaults(dataset="pydocs")
-    config = check(Config(**vars(parser.parse_args(argv))))
+            choices = item.metadata["choices"]
+            parser.add_argument(
+                name, type=functools.partial(_one_of, choices) if choices else kind,
+                default=argparse.SUPPRESS, metavar="{" + ",".join(choices) + "}" if choices
+                else None, help=item.metadata["help"] + shown)
+    known, unknown = parser.parse_known_args(argv)
+    given = vars(known)
+    if unknown:
+        word = unknown[0].partition("=")[0]
+        others = word in [_flag_name(item.name) for item in fields(Config)]
+        near = fetch.nearest(word, re.findall(r"--[\w-]+", parser.format_usage()))
+        raise fetch.BadInput(f"{word} is {'a flag, but not one' if others else 'no flag'} of "
+                             f"{program}.py{'' if others else near}")
+    words = [word.partition("=")[0] for word in argv]
+    for name, value in given.items():
+        if words.count(_flag_name(name)) > 1:
+            raise fetch.BadInput(f"{_flag_name(name)} is given twice: leave one out")
+        if value == "":
+            raise fetch.BadInput(f"{_flag_name(name)} is empty: give it a value or leave it out")
+    config = Config(**({"dataset": "pydocs"} if program == "mlm" else {}) | given)
+    idle = _idle(program, config)
+    for name in given:
+        if name in idle:
+            raise fetch.BadInput(f"{_flag_name(name)} does nothing {idle[name]}: leave it out")
+    config = check(config)
     if config.modality != {"mae": "image", "mlm": "text"}.get(program, config.modality):
         other = {"mae": "mlm.py", "mlm": "mae.py"}[program]
         raise fetch.BadInput(f"--dataset {config.dataset} is {config.modality}: use {other}")
     return config
+
+
+def _refuse(message: str) -> None:
+    raise fetch.BadInput(message)
+
+
+def _flag_name(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _one_of(choices: tuple[str, ...], value: str) -> str:
+    if value not in choices:
+        raise argparse.ArgumentTypeError(
+            f"{value!r} is none of {', '.join(choices)}{fetch.nearest(value, choices)}")
+    return value
+
+
+def _idle(program: str, config: Config) -> dict[str, str]:
+    """The settings that change nothing beside the others, and when that is so."""
+    idle = {}
+    if program in ("distill", "finetune"):  # baselines.py runs all methods
+        for method in ("recadam", "mars", "r3f"):
+            idle |= {item.name: f"without --method {method}" for item in fields(Config)
+                     if item.name.startswith(f"{method}_") and config.method != method}
+    if not config.rounds:
+        idle |= dict.fromkeys(("match", "mae_weight"), "with --rounds 0")
+    if config.modality == "text":
+        idle |= {"pixels": "for text"}
+    if config.as_released:
+        idle |= {name: f"with --as-released, which means --{name} {value}"
+                 for name, value in AS_RELEASED.items() if getattr(config, name) != value}
+    return idle
 
 
 def _variant(config: Config, modality: str) -> Config:
@@ -224,7 +286,7 @@ def _variant(config: Config, modality: str) -> Config:
         if config.match not in ("hidden", "cls") or config.masking == "80-10-10":
             raise fetch.BadInput(f"--as-released means --match cls --masking fixed, not --match "
                                  f"{config.match} --masking {config.masking}: leave some out")
-        config = replace(config, match="cls", masking="fixed")
+        config = replace(config, **AS_RELEASED)
     if config.masking == {"image": "80-10-10", "text": "fixed"}[modality]:
         raise fetch.BadInput(f"--masking {config.masking} is not for {modality}s: use bernoulli or "
                              f"{ {'image': 'fixed', 'text': '80-10-10'}[modality] }")
@@ -233,34 +295,31 @@ def _variant(config: Config, modality: str) -> Config:
 
 def check(config: Config) -> Config:
     """The settings with those filled in that others decide; `BadInput` where they make no sense."""
+    config = replace(config, **{name: os.path.expanduser(value)
+                                for name in ("dataset", "init", "out", "data_dir")
+                                if (value := getattr(config, name))})
     modality = config.modality
     config = _variant(config, modality)
-    if not re.fullmatch(r"[1-9]\d*|\d*\.?\d+m", config.save_every):
+    names = (*IMAGES, *TEXTS)
+    if config.dataset not in names and not os.path.exists(config.dataset):
+        raise fetch.BadInput(
+            f"no data set {config.dataset!r}{fetch.nearest(config.dataset, names)}: give a folder "
+            f"of pictures, a .jsonl file or folder of text, or {', '.join(names)}")
+    for name in ("out", "data_dir"):
+        if os.path.isfile(value := getattr(config, name) or ""):
+            raise fetch.BadInput(f"{_flag_name(name)} {value} is a file: name a folder")
+    if not re.fullmatch(r"[1-9]\d{,8}|\d{,9}\.?\d{1,9}m", config.save_every, re.ASCII):
         raise fetch.BadInput(f"--save-every is {config.save_every!r}: give steps (500) or minutes "
                              "(5m)")
-    if config.mask_prob is not None and not 0 < config.mask_prob < 1:
-        raise fetch.BadInput(f"--mask-prob is {config.mask_prob}, but a mask probability lies "
-                             "between 0 and 1")
-    for name in ("steps", "batch_size", "finetune_steps", "finetune_batch_size", "train_size",
-                 "accumulate"):
+    for name, (low, high, itself) in RANGES.items():
         value = getattr(config, name)
-        if value is not None and value < 1:
-            raise fetch.BadInput(f"--{name.replace('_', '-')} is {value}: use at least 1")
-    for name in ("lr", "finetune_lr", "recadam_k"):
-        value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise fetch.BadInput(f"--{name.replace('_', '-')} is {value}: use more than 0")
-    for name in ("weight_decay", "mae_weight", "recadam_cof", "recadam_t0", "mars_radius",
-                 "r3f_eps", "r3f_weight"):
-        value = getattr(config, name)
-        if value is not None and not value >= 0:
-            raise fetch.BadInput(f"--{name.replace('_', '-')} is {value}: use 0 or more")
+        if value is not None and not (low < value < high or itself and value == low):
+            raise fetch.BadInput(
+                f"{_flag_name(name)} is {value}: use {'at least' if itself else 'more than'} {low} "
+                f"and less than {high}")
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there.get(config.device, True):
         raise fetch.BadInput(f"--device {config.device}: this machine has none; use auto or cpu")
-    if config.rounds < 0:
-        raise fetch.BadInput(f"--rounds is {config.rounds}: use 0 (further pre-training alone) "
-                             "or more")
     if config.smoke:
         config = replace(config, **{name: value for name, value in SMOKE.items()
                                     if getattr(config, name) is None})
@@ -278,6 +337,7 @@ def fill(config: Config, model: torch.nn.Module, examples: int) -> Config:
     new = {}
     for stage, prefix in (("pretrain", ""), ("finetune", "finetune_")):
         table = dict(DEFAULTS[*kind, stage])
+        table["batch_size"] = min(table["batch_size"], examples)
         size = getattr(config, prefix + "batch_size") or table["batch_size"]
         if "epochs" in table:
             table["steps"] = table.pop("epochs") * math.ceil(examples / size)
@@ -478,21 +538,43 @@ def load_data(config: Config, model: torch.nn.Module) -> fetch.Data:
         data = texts.load(config.dataset, config.data_dir, model.tokenizer,
                           model.config.max_length)
     if config.smoke and config.train_size is None:
-        config = replace(config, train_size=max(80, len(data.classes)))
+        few = max(80, len(data.classes))
+        config = replace(config, train_size=min(few, len(data.train)))
     if config.smoke and data.test is not None:
         few = torch.randperm(len(data.test), generator=generator(config.seed, "smoke"))[:64]
         data = replace(
             data, test=data.test[few] if model.modality == "image" else data.test.take(few),
             test_labels=None if data.test_labels is None else data.test_labels[few],
             fingerprint=f"{data.fingerprint}-smoke")
-    if config.train_size is None or config.train_size >= len(data.train):
+    if config.train_size is None or config.train_size == len(data.train):
         return data
+    if config.train_size > len(data.train):
+        raise fetch.BadInput(f"--train-size is {config.train_size}, but {config.dataset} has "
+                             f"{len(data.train)} training examples: use fewer or leave it out")
     chosen = balanced(data.train_labels, len(data.train), config.train_size,
                       generator(config.seed, "subset"))
     return replace(
         data, train=data.train[chosen] if model.modality == "image" else data.train.take(chosen),
         train_labels=None if data.train_labels is None else data.train_labels[chosen],
         fingerprint=f"{data.fingerprint}-{config.train_size}-{config.seed}")
+
+
+def check_sizes(program: str, config: Config, data: fetch.Data) -> None:
+    """Refuse settings that the data leave without effect or sense (`BadInput`); before `fill`."""
+    for name in ("batch_size", "finetune_batch_size"):
+        if (getattr(config, name) or 0) > len(data.train):
+            raise fetch.BadInput(f"{_flag_name(name)} is {getattr(config, name)}, but there are "
+                                 f"{len(data.train)} training examples: use at most as many")
+    if data.train_labels is None or data.test_labels is None:
+        if program != "distill":
+            raise fetch.BadInput(f"{config.dataset} has no labels to fine-tune on: distill.py "
+                                 "takes it")
+        usual = check(Config(dataset=config.dataset, smoke=config.smoke))
+        for item in fields(Config):
+            if item.name.startswith(("finetune_", "method")) and getattr(
+                    config, item.name) != getattr(usual, item.name):
+                raise fetch.BadInput(f"{_flag_name(item.name)} does nothing, as {config.dataset} "
+                                     "has no labels to fine-tune on: leave it out")
 
 
 def balanced(labels: torch.Tensor | None, examples: int, size: int,
@@ -998,6 +1080,12 @@ def curves(folder: Path) -> None:
     plt.close(figure)
 
 
+def _tell(message: str) -> None:
+    """One line on standard error, whatever file names are in it."""
+    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    print(f"error: {plain}", file=sys.stderr)
+
+
 def program(main: Callable[[], None]) -> None:
     """Run a program's main; what the user can mend is one line on standard error and status 2.
 
@@ -1011,14 +1099,14 @@ def program(main: Callable[[], None]) -> None:
         with parallel.processes():
             main()
     except fetch.BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
+        _tell(str(error))
         sys.exit(2)
     except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _tell(str(error))
         sys.exit(1)
     except OSError as error:
-        print(f"error: {error}; once there is room and leave to write, the same command carries on "
-              "from what was saved", file=sys.stderr)
+        _tell(f"{error}; once there is room and leave to write, the same command carries on from "
+              "what was saved")
         sys.exit(1)
     except (MemoryError, RuntimeError) as error:
         short = re.search("out of memory|can't allocate|not enough memory|ALLOC_FAILED", str(error))
