@@ -33,7 +33,7 @@ def rate(row: dict) -> list[float]:
 
 
 def share(row: dict) -> list[float]:
-    """Per cent of the machine's matrix products that our step needs, of those it could have done."""
+    """The matrix products that a step needs, in per cent of what the machine could have done."""
     return [100 * x for x in over(over(row["flops"], row["seconds"]), row["peak"])]
 
 
@@ -118,8 +118,8 @@ def told(found: dict) -> str:
 
 
 def steps(rows: list[dict]) -> list[str]:
-    lines = ["| model | step | batch | a second | share of peak, % | times transformers | its share,"
-             " % | losses apart |", "|---|---|---|---|---|---|---|---|"]
+    lines = ["| model | step | batch | a second | share of peak, % | against transformers | its "
+             "share, % | losses apart |", "|---|---|---|---|---|---|---|---|"]
     for row in rows:
         cells = [row["model"], row["stage"] + ", compiled" * row["compiled"], str(row["batch"]),
                  f"{middle(rate(row))} {row['unit']}", middle(share(row))]

@@ -2,7 +2,9 @@
 
 Their models, their losses and torch's AdamW, as people run the method today: every position is
 predicted, texts are padded to the longest of their batch, and the teacher runs in every step.
-transformers is an optional install. Letters: B batch, K positions, D width, C classes, N examples, S side.
+transformers is an optional install.
+
+Letters: B batch, K positions, D width, C classes, N examples, S side.
 """
 import contextlib
 import types
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 import mae
 import mlm
+from support import run
 from support.fetch import BadInput
 from support.images import MEAN, STD
 
@@ -55,23 +58,24 @@ class Peer:
     it the models run eager and in float32, as the authors have it.
     """
 
-    def __init__(self, stage: str, weights: tuple[Path, Path], text: bool, settings: dict,
-                 where: torch.device, best: bool) -> None:
-        hub, self.text, self.clip = library(), text, settings["clip"]
-        attention = {"attn_implementation": "sdpa" if best else "eager"}
+    def __init__(self, stage: str, weights: tuple[Path, Path], text: bool, classes: int,
+                 config: run.Config, where: torch.device, best: bool) -> None:
+        hub, self.text = library(), text
+        given = {"attn_implementation": "sdpa" if best else "eager"}
+        lr, decay, self.clip = config.lr, config.weight_decay, config.clip
+        kind = hub.RobertaForMaskedLM if text else hub.ViTMAEForPreTraining
         if stage in ("fine-tuning", "evaluation"):
             kind = hub.RobertaForSequenceClassification if text else hub.ViTForImageClassification
-            attention |= {"num_labels": settings["classes"],
-                          "hidden_dropout_prob": settings["dropout"]}
-        else:
-            kind = hub.RobertaForMaskedLM if text else hub.ViTMAEForPreTraining
-        self.model = kind.from_pretrained(weights[0], **attention).to(where).train()
+            given |= {"num_labels": classes, "hidden_dropout_prob": config.dropout}
+            lr, decay = config.finetune_lr, config.finetune_weight_decay
+            self.clip = config.finetune_clip
+        self.model = kind.from_pretrained(weights[0], **given).to(where).train()
         self.teacher = None
         if stage == "self-distillation":
-            self.teacher = kind.from_pretrained(weights[1], **attention).to(where).eval()
+            self.teacher = kind.from_pretrained(weights[1], **given).to(where).eval()
             self.teacher.requires_grad_(False)
-        self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=settings["lr"],
-                                           weight_decay=settings["weight_decay"], fused=best)
+        self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=lr, weight_decay=decay,
+                                           fused=best)
         fast = best and where.type == "cuda"
         self.precision = (torch.autocast("cuda", torch.bfloat16) if fast
                           else contextlib.nullcontext())
