@@ -112,6 +112,7 @@ class Peer:
         if self.text:
             labels = x.masked_fill(~batch["mask"], -100)  # [B, K]
             loss = self.model(batch["corrupted"], labels=labels, **self.known(x)).loss
+            loss = loss.nan_to_num()  # nothing masked: 0 for us, 0 / 0 for them
         else:
             loss = self.model(x, noise=batch["mask"].float()).loss
         if self.teacher is None:

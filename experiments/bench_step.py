@@ -258,8 +258,7 @@ def agree(case: Case, stage: str, other: bench_peer.Peer) -> float:
         else:
             rows = [{name: values[b:b + 1] for name, values in batch.items()}
                     for b in range(case.batch)]
-            # nothing masked is 0 for us and 0 / 0 for them
-            theirs = torch.stack([other.loss(row) for row in rows]).nan_to_num().mean().cpu()
+            theirs = torch.stack([other.loss(row) for row in rows]).mean().cpu()
             ours = torch.tensor(sum(v for name, v in this.logged.items() if "loss" in name))
     other.model.train()
     apart = ((ours - theirs).abs() / theirs.abs().clamp(min=1)).max().item()
