@@ -45,6 +45,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import baselines
 import distill
@@ -3982,3 +3983,210 @@ def test_flags_that_make_sense_are_taken(line):
 def test_a_default_batch_is_no_larger_than_the_set():
     config = run.fill(run.Config(), mae.MAE.from_pretrained("tiny"), 20)
     assert (config.batch_size, config.finetune_batch_size) == (20, 20)
+
+
+# ============================================================================= experiments/bench.py
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """experiments/bench.py and its parts, by name."""
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    names = ("bench", "bench_step", "bench_peer", "bench_page")
+    return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+
+
+def bench_case(bench, folder: Path, modality: str, with_peer: bool = False) -> object:
+    """A small model with eight pictures, or texts of which some are padded."""
+    if modality == "image":
+        config, inputs = mae.MAE.from_pretrained("tiny").config, bench.bench.pixels(8, 40)
+    else:
+        config = mlm.MLM.from_pretrained("tiny").config
+        inputs = bench.bench.words(config, 8, 20)
+        inputs[::2, 15], inputs[::2, 16:] = 2, config.pad_id
+    weights = bench.bench.write_weights(config, folder, modality, with_peer)
+    return bench.bench_step.Case(modality, config, weights, inputs, 4, 5)
+
+
+def bench_counted(act) -> int:
+    """FLOPs that torch counts; its fused attention on a CPU is one of those it does not know."""
+    with (FlopCounterMode(display=False) as counter,
+          torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)):
+        act()
+    return counter.get_total_flops()
+
+
+def test_layer_flops_equal_torchs_count(bench):
+    stack = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(32, 4, 48, batch_first=True), 3, enable_nested_tensor=False)
+    x = torch.randn(2, 7, 32, requires_grad=True)
+    expected = bench.bench_step.layers(torch.tensor([7.0, 7.0]), 3, 32, 48).sum()
+    assert bench_counted(lambda: stack(x).sum().backward()) == 3 * expected
+    # by hand: 2 tokens, width 3, inner width 5: per token 4·9 + 2·15, and 2·2·3 for attention
+    assert bench.bench_step.layers(torch.tensor([2.0]), 1, 3, 5) == 2 * 2 * (36 + 30 + 12)
+
+
+@pytest.mark.parametrize("modality", ["image", "text"])
+@pytest.mark.parametrize("stage", ["further pre-training", "self-distillation", "fine-tuning",
+                                   "evaluation"])
+def test_our_steps_do_little_more_than_the_formulas_say(bench, tmp_path, modality, stage):
+    """A real step's products are all that the formula counts and at most a quarter more.
+
+    The rest is the class token's empty patch, predictions of patches that were not masked, rows of
+    padding in attention and, unless its states are kept, the teacher.
+    """
+    case, step = bench_case(bench, tmp_path, modality), bench.bench_step
+    if modality == "text":  # full rows: padding is no formula's business
+        case = replace(case, inputs=bench.bench.words(case.config, 8, 20))
+    model = step.load(case)
+    config = step.settings(case, model, 1, True, False)
+    batches = [step.drawn(case, stage, model, config, i) for i in range(2)]
+    needed, theirs = (sum(step.work(case, stage, batch)[i] for batch in (
+        batches if stage == "evaluation" else batches[:1])) for i in (1, 2))
+    this = step.Timed(1, torch.device("cpu"))
+    counted = bench_counted(lambda: step.carry_out(case, stage, this, 1, exact=True))
+    if stage == "self-distillation":  # the teacher looks at the batch or, once, at all examples
+        counted -= bench_counted(lambda: model.encoder(batches[0]["x"]))
+    assert needed <= counted <= 1.25 * needed
+    assert theirs >= needed
+
+
+def test_steps_are_timed_in_turns(bench):
+    told = []
+    this = bench.bench_step.Timed(2, torch.device("cpu"), {
+        "a": lambda step: told.append(("a", step)), "b": lambda step: told.append(("b", step))})
+    for step in this.turns(range(4)):
+        told.append(("ours", step))
+    assert told == [(name, turn + i) for turn in (0, 2) for name in ("ours", "a", "b")
+                    for i in (0, 1)]
+    assert {name: len(values) for name, values in this.seconds.items()} == dict(ours=2, a=2, b=2)
+    assert all(s > 0 for values in this.seconds.values() for s in values)
+
+
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_timing_changes_nothing(bench, tmp_path, modality):
+    case, step = bench_case(bench, tmp_path, modality), bench.bench_step
+    weights = []
+    for this in (step.Timed(1, torch.device("cpu"), {"noise": lambda _: torch.rand(3)}), run.Run()):
+        model = step.load(case)
+        config = step.settings(case, model, 3, False, False)
+        teacher = step.load(case, teacher=True).eval().requires_grad_(False)
+        weights.append(distill.pretrain(model, teacher, case.inputs, config, 1, this))
+    assert equal(*weights)
+
+
+def bench_row(**changes) -> dict:
+    return {"model": "ViT", "stage": "further pre-training", "batch": 8, "compiled": False,
+            "unit": "images", "examples": 64, "before": 5.0, "items": [8.0] * 3,
+            "seconds": [2.0, 1.0, 4.0], "flops": [6e9] * 3, "peak": [6e9, 12e9, 3e9],
+            "peers": {"sdpa": {"seconds": [4.0, 3.0, 4.0], "flops": [9e9] * 3, "apart": 2e-6,
+                               "peak": [9e9] * 3}}, **changes}
+
+
+def test_medians_and_ratios_against_hand_computed_ones(bench):
+    page, row = bench.bench_page, bench_row()
+    assert page.rate(row) == [4, 8, 2] and page.share(row) == [50, 50, 50]
+    assert page.ratios(row) == {"sdpa": [2, 3, 1]}
+    # quartiles of 1, 2, 3 lie halfway between neighbours
+    assert page.middle([2, 3, 1]) == "2 (1.5–2.5)" and page.middle([4, 2]) == "3"
+    assert page.number(12345.6) == "12,346" and page.number(0.012345) == "0.0123"
+    line = page.steps([row])[2]
+    assert line == ("| ViT | further pre-training | 8 | 4 (3–6) images | 50 (50–50) | "
+                    "2 (1.5–2.5) × (sdpa) | 25 (25–29.2) | 2e-06 |")
+    found = {"seconds": {"first start": [2.0], "later start": [0.1],
+                         "transformers, 0 workers": [8.0]},
+             "pictures": 100, "about": "", "side": 8, "processor": "P"}
+    record = {"cpu": {"steps": {"found": [row]}, "loading": {"found": found}}}
+    table = "\n".join(page.targets(record))
+    assert "| further pre-training, ViT, against transformers | ≥ 1.15 × | 2 × |" in table
+    assert "| ≥ 50 × | 80 × | – | not measured |" in table
+    assert "| ≥ 85 % | 50 % to 50 % |" in table and "| < 20 min | not measured |" in table
+    # 20,000 steps of 0.1 s twice and 10,000 of 0.2 s, each at its faster setting, and 5 s before
+    # each; 11,788 pictures at 50 a second: 2000 + 2000 + 2000 + 15 + 235.76 s
+    plain = [bench_row(stage=stage, seconds=[s] * 3, steps=steps, examples=examples)
+             for stage, s, steps, examples in (
+                 ("further pre-training", 0.1, 20000, 64), ("further pre-training", 0.1, 20000, 8),
+                 ("self-distillation", 0.3, 20000, 64), ("fine-tuning", 0.2, 10000, 64))]
+    compiled = [{**row, "compiled": True} for row in plain]
+    compiled[2] = {**compiled[2], "seconds": [0.1] * 3}
+    record = {"cuda": {"column": {"found": plain + compiled}, "loading": {"found": found}}}
+    assert page.projected(record)[1] == pytest.approx(6250.76)
+    assert "| 104.2 min |" in "\n".join(page.targets(record))
+
+
+def test_bench_writes_its_page_from_its_json(bench, tmp_path):
+    words = ["--size", "tiny", "--steps", "1", "--parts", "loading", "column", "--out",
+             str(tmp_path / "out")]
+    done = program("experiments/bench.py", *words, "--data-dir", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"bench-tiny.json",
+                                                                    "bench-tiny.md"}
+    record = json.loads((tmp_path / "out" / "bench-tiny.json").read_text(encoding="utf-8"))
+    text = (tmp_path / "out" / "bench-tiny.md").read_text(encoding="utf-8")
+    assert text == bench.bench_page.page(record) and text in done.stdout
+    parts = record["cuda" if torch.cuda.is_available() else "cpu"]
+    assert "--steps 1" in parts["loading"]["command"] and "torch" in parts["loading"]["machine"]
+    seconds = parts["loading"]["found"]["seconds"]
+    assert 0 < seconds["later start"][0] < seconds["first start"][0]
+    assert "drawn birds" in text and "first start" in text
+
+
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_steps_and_growth_are_shown(bench, tmp_path, modality):
+    case = bench_case(bench, tmp_path, modality)
+    rows = bench.bench.steps([case], 2, False, False)
+    assert [row["stage"] for row in rows] == list(bench.bench.STAGES)
+    for row in rows:
+        assert len(row["seconds"]) == len(row["flops"]) == len(row["peak"]) == 2
+    if modality == "image":
+        assert [row["items"] for row in rows] == [(4, 4)] * 3 + [(8, 8)]
+    else:  # four texts of 20 tokens and four of 16
+        assert all(64 <= n <= 80 for row in rows[:3] for n in row["items"])
+        assert rows[3]["items"] == (144, 144)
+    text = "\n".join(bench.bench_page.steps(rows))
+    assert text.count(f"| {modality} |") == 4 and "What ran once before" in text
+    grown = {"rows": {"batch size": [{"value": 4, **rows[0]}]}, "processes": [
+        {"value": 1, "batch": 4, "seconds": 0.5, "threads": 2}, {"value": 2, "batch": 4}]}
+    text = "\n".join(bench.bench_page.growth(grown))
+    assert "| 1 | 4 | 2 | 0.5 |" in text and "| 2 | 4 | – | not measured |" in text
+
+
+def test_bench_without_transformers_is_one_sentence(tmp_path):
+    if importlib.util.find_spec("transformers"):
+        pytest.skip("transformers is installed")
+    done = program("experiments/bench.py", "--peer", "--out", str(tmp_path))
+    assert done.returncode == 2 and not list(tmp_path.iterdir())
+    assert done.stderr.count("\n") == 1 and "pip install transformers" in done.stderr
+
+
+@pytest.mark.parametrize("modality", ["image", "text"])
+@pytest.mark.parametrize("stage", ["further pre-training", "self-distillation", "fine-tuning",
+                                   "evaluation"])
+def test_transformers_computes_the_same_loss_and_the_flops_counted(bench, tmp_path, modality,
+                                                                   stage):
+    pytest.importorskip("transformers")
+    case, step = bench_case(bench, tmp_path, modality, with_peer=True), bench.bench_step
+    model = step.load(case)
+    config = step.settings(case, model, 1, True, False)
+    other = bench.bench_peer.Peer(stage, case.weights, case.text, case.classes, config,
+                                  torch.device("cpu"), best=True)
+    assert step.agree(case, stage, other) < 1e-4
+    batch = step.drawn(case, stage, model, config, 0)
+    if stage == "evaluation":
+        counted = bench_counted(lambda: other.evaluate([batch]))
+    else:
+        counted = bench_counted(lambda: other.step(batch))
+    assert counted == step.work(case, stage, batch)[2]
+    with torch.no_grad():  # a slip of one per cent in the weights is no longer the same loss
+        for parameter in other.model.parameters():
+            parameter.mul_(1.01)
+    with pytest.raises(AssertionError, match="with transformers"):
+        step.agree(case, stage, other)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("bench*.json")),
+                         ids=lambda path: path.stem)
+def test_committed_benchmarks_are_computed_from_their_json(path, bench):
+    record = json.loads(path.read_text(encoding="utf-8"))
+    page = path.with_suffix(".md").read_text(encoding="utf-8")
+    assert page == bench.bench_page.page(record)
