@@ -166,8 +166,11 @@ class Block(nn.Module):
         self.fc2 = nn.Linear(mlp, width)
         self.dropout = dropout
 
-    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
+    def forward(self, x: Tensor, packing: Packing | None = None,
+                chosen: Tensor | None = None) -> Tensor:
         x = x + self.dropout(self.attention(self.norm1(x), packing))
+        if chosen is not None:  # after the last attention, rows that nobody asks for can go
+            x = x[chosen]  # [M, D]
         return x + self.dropout(self.fc2(F.gelu(self.fc1(self.norm2(x)))))
 
 
@@ -231,14 +234,18 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=config.eps)
         self.predict = nn.Linear(width, 3 * config.patch_size**2)
 
-    def forward(self, hidden: Tensor, mask: Tensor, rows: int, columns: int) -> Tensor:
-        """Hidden states [B, 1+K, D], mask Bool[B, K] -> predicted patches [B, K, P]."""
-        x = self.embed(hidden)  # [B, 1+K, decoder width]
-        x = torch.where(F.pad(mask, (1, 0))[..., None], self.mask_token.to(x.dtype), x)
-        x = x + resize_positions(self.positions, rows, columns)
-        for block in self.blocks:
+    def forward(self, hidden: Tensor, mask: Tensor, rows: int, columns: int,
+                masked_only: bool = False) -> Tensor:
+        """Hidden states [B, 1+K, D], mask Bool[B, K] -> patches [B, K, P], or M masked [M, P]."""
+        shown = F.pad(~mask, (1, 0), value=True)  # [B, 1+K]
+        x = self.embed(hidden[shown])  # [N, decoder width]
+        x = self.mask_token.to(x.dtype).expand(*shown.shape, -1).masked_scatter(shown[..., None], x)
+        x = x + resize_positions(self.positions, rows, columns)  # [B, 1+K, decoder width]
+        wanted = F.pad(mask if masked_only else torch.ones_like(mask), (1, 0))  # [B, 1+K]
+        for block in self.blocks[:-1]:
             x = block(x)
-        return self.predict(self.norm(x[:, 1:]))  # [B, K, P]
+        x = self.predict(self.norm(self.blocks[-1](x, chosen=wanted)))  # [M, P]
+        return x if masked_only else x.unflatten(0, mask.shape)  # [B, K, P]
 
 
 class MAE(nn.Module):
@@ -265,10 +272,13 @@ class MAE(nn.Module):
         K = (height // self.config.patch_size) * (width // self.config.patch_size)
         return draw(B, K, prob, generator).to(images.device)
 
-    def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
-        """g_φ(f_θ(x̂)): patches [B, K, P] predicted from what mask Bool[B, K] leaves of images."""
+    def reconstruct(self, images: Tensor, mask: Tensor, masked_only: bool = False) -> Tensor:
+        """g_φ(f_θ(x̂)): patches [B, K, P] predicted from what mask Bool[B, K] leaves of images.
+
+        masked_only: the M masked ones alone, [M, P].
+        """
         rows, columns = (side // self.config.patch_size for side in images.shape[2:])
-        return self.decoder(self.encoder(images, mask), mask, rows, columns)
+        return self.decoder(self.encoder(images, mask), mask, rows, columns, masked_only)
 
     def target(self, images: Tensor, norm_pix: bool) -> Tensor:
         """What is predicted, [B, K, P]: pixels, raw or with their patch's mean 0 and variance 1."""
@@ -283,9 +293,10 @@ class MAE(nn.Module):
 
         Appendix C's -log p(x_k|x̂) up to its constants. An image without a mask (Z = 0) gives 0.
         """
-        predicted = self.reconstruct(images, mask).float()  # [B, K, P]
-        error = (predicted - self.target(images, norm_pix)).square().mean(2)  # [B, K]
-        return (error * mask).sum(1) / mask.sum(1).clamp(min=1)  # [B]
+        predicted = self.reconstruct(images, mask, masked_only=True).float()  # [M, P]
+        error = (predicted - self.target(images, norm_pix)[mask]).square().mean(1)  # [M]
+        error = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, error)  # [B, K]
+        return error.sum(1) / mask.sum(1).clamp(min=1)  # [B]
 
     def forward(self, images: Tensor, mask: Tensor, unmasked: bool,
                 norm_pix: bool = True) -> tuple[Tensor, Tensor | None]:

@@ -4032,8 +4032,7 @@ def test_layer_flops_equal_torchs_count(bench):
 def test_our_steps_do_little_more_than_the_formulas_say(bench, tmp_path, modality, stage):
     """A real step's products are all that the formula counts and at most a quarter more.
 
-    The rest is the class token's empty patch, predictions of patches that were not masked, rows of
-    padding in attention and, unless its states are kept, the teacher.
+    The rest is the class token's empty patch and rows of padding in attention.
     """
     case, step = bench_case(bench, tmp_path, modality), bench.bench_step
     if modality == "text":  # full rows: padding is no formula's business

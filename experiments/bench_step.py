@@ -91,6 +91,8 @@ def flops(config: mae.Config | mlm.Config, stage: str, K: Tensor, Z: Tensor, cla
         return (min(passes, 2) * patches + passes * (encoder + 2 * D * classes)).sum().item()
     decoder = layers(1 + K, config.decoder_depth, inner, config.decoder_mlp) + 2 * inner * (
         (1 + seen) * D + (1 + K if peer else Z) * P)  # [B]
+    if not peer:  # what comes after the last attention is for masked patches alone
+        decoder -= 4 * inner * config.decoder_mlp * (1 + seen)  # [B]
     total = 3 * (layers(1 + seen, config.depth, D, config.mlp) + decoder)  # [B]
     total += 2 * (patches if distils or peer else 2 * seen * P * D)
     return (total + distils * (3 * encoder + peer * (3 * patches + encoder))).sum().item()
