@@ -3775,3 +3775,166 @@ def test_flags_that_make_sense_are_taken(line):
 def test_a_default_batch_is_no_larger_than_the_set():
     config = run.fill(run.Config(), mae.MAE.from_pretrained("tiny"), 20)
     assert (config.batch_size, config.finetune_batch_size) == (20, 20)
+
+
+# ----------------------------------------------------------------------------- weights
+
+
+def garbage_change(path: Path, change: object = None, **about: object) -> None:
+    """Write a weight file again with its tensors and its configuration changed."""
+    tensors, config = fetch.read_weights(path)
+    if change:
+        change(tensors)
+    config = {name: value for name, value in (config | about).items() if value != "left out"}
+    save_file(tensors, path, metadata={"config": json.dumps(config)})
+
+
+def garbage_tensor(value: object) -> object:
+    """A change of the first layer's first matrix, which both models name alike."""
+    return lambda tensors: tensors.update({"encoder.blocks.0.fc1.weight": value(
+        tensors["encoder.blocks.0.fc1.weight"])})
+
+
+def garbage_header(path: Path, change: object) -> None:
+    """Write a safetensors file with another header before the same numbers."""
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:8 + length])
+    change(header)
+    header = json.dumps(header).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + whole[8 + length:])
+
+
+GARBAGE_FIRST = "encoder.blocks.0.fc1.weight"
+GARBAGE_WEIGHTS = {  # what is done to the bundled model's file: what the message has in it
+    "empty": (lambda path: path.write_bytes(b""), "not a readable safetensors"),
+    "4 bytes": (lambda path: path.write_bytes(b"\x08\0\0\0"), "not a readable safetensors"),
+    "half its header": (lambda path: path.write_bytes(path.read_bytes()[:500]), "not a readable"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-100]), "not a readable"),
+    "half": (lambda path: path.write_bytes(path.read_bytes()[:1_000_000]), "not a readable"),
+    "longer": (lambda path: path.write_bytes(path.read_bytes() + b"more"), "not a readable"),
+    "noise": (lambda path: path.write_bytes(bytes(range(256)) * 99), "not a readable"),
+    "a header of 8 EiB": (lambda path: path.write_bytes(
+        (2**63 - 1).to_bytes(8, "little") + path.read_bytes()[8:]), "not a readable"),
+    "a pickle": (lambda path: torch.save({"a": torch.ones(2)}, path), "not a readable"),
+    "a pickle by its name": (lambda path: torch.save({"a": 1}, path.with_suffix(".pth")), ""),
+    "offsets beyond the end": (lambda path: garbage_header(path, lambda header: header[
+        GARBAGE_FIRST].update(data_offsets=[0, 1 << 40])), "not a readable"),
+    "offsets that overlap": (lambda path: garbage_header(path, lambda header: header[
+        GARBAGE_FIRST].update(data_offsets=[0, 4 * 512 * 128])), "not a readable"),
+    "a shape beyond its bytes": (lambda path: garbage_header(path, lambda header: header[
+        GARBAGE_FIRST].update(shape=[1 << 30, 128])), "not a readable"),
+    "another dtype": (lambda path: garbage_header(path, lambda header: header[
+        GARBAGE_FIRST].update(dtype="F64")), "not a readable"),
+    "no header in its header": (lambda path: path.write_bytes(
+        (2).to_bytes(8, "little") + b"[]"), "not a readable"),
+    "no tensors": (lambda path: garbage_change(path, dict.clear), "my weights"),
+    "a missing tensor": (lambda path: garbage_change(
+        path, lambda tensors: tensors.pop(GARBAGE_FIRST)), f"missing {GARBAGE_FIRST}"),
+    "an unknown tensor": (lambda path: garbage_change(
+        path, lambda tensors: tensors.update(extra=torch.ones(3))), "unexpected extra [3]"),
+    "a wrong shape": (lambda path: garbage_change(path, garbage_tensor(lambda t: t[:-1])),
+                      "is [511, 128], expected [512, 128]"),
+    "a transposed matrix": (lambda path: garbage_change(
+        path, garbage_tensor(lambda t: t.t().contiguous())), "is [128, 512]"),
+    "a scalar": (lambda path: garbage_change(path, garbage_tensor(lambda t: t[0, 0])), "is []"),
+    "a NaN": (lambda path: garbage_change(path, garbage_tensor(lambda t: t.where(
+        t != t[5, 7], torch.nan))), f"{GARBAGE_FIRST} holds NaN or infinite numbers"),
+    "an infinity": (lambda path: garbage_change(path, garbage_tensor(lambda t: t / 0)), "infinite"),
+    "float64 beyond float32": (lambda path: garbage_change(
+        path, garbage_tensor(lambda t: t.double() * 1e300)), "infinite"),
+    "integers": (lambda path: garbage_change(path, garbage_tensor(torch.Tensor.int)), "int32"),
+    "a configuration that is not JSON": (lambda path: save_file(
+        load_file(path), path, metadata={"config": "{nope"}), "is not JSON"),
+    "a configuration nested deeply": (lambda path: save_file(
+        load_file(path), path, metadata={"config": "[" * 100_000}), "is not JSON"),
+    "a list for a configuration": (lambda path: save_file(
+        load_file(path), path, metadata={"config": "[1]"}), "is no configuration"),
+    "another kind of model": (lambda path: garbage_change(path, model="gpt"), "'gpt'"),
+    "a classifier": (lambda path: garbage_change(path, model="classifier"), "'classifier'"),
+    "a kind that is a number": (lambda path: garbage_change(path, model=3), "3"),
+    "no heads": (lambda path: garbage_change(path, heads=0), "heads is 0"),
+    "heads that do not divide": (lambda path: garbage_change(path, heads=7), "share the width"),
+    "heads left out": (lambda path: garbage_change(path, heads="left out"), "heads"),
+    "a huge width": (lambda path: garbage_change(path, width=10**12), "width is 1000000000000"),
+    "a large width": (lambda path: garbage_change(path, width=49_152), "expected [49152"),
+    "a negative depth": (lambda path: garbage_change(path, depth=-1), "depth is -1"),
+    "a thousand layers": (lambda path: garbage_change(path, depth=1000), "fewer tensors"),
+    "a width in words": (lambda path: garbage_change(path, width="wide"), "width is 'wide'"),
+    "half a layer": (lambda path: garbage_change(path, depth=1.5), "depth is 1.5"),
+    "a dropout of 2": (lambda path: garbage_change(path, dropout=2), "dropout is 2"),
+    "an ε of NaN": (lambda path: garbage_change(path, eps=math.nan), "eps is nan")}
+GARBAGE_TEXT_WEIGHTS = {  # the same for what only text models have
+    "no tokenizer": (lambda path: path.with_name("tokenizer.json").unlink(), "no tokenizer.json"),
+    "a broken tokenizer": (lambda path: path.with_name("tokenizer.json").write_text("{"),
+                           "is no tokenizer"),
+    "another tokenizer": (lambda path: text_tokenizer().save(
+        str(path.with_name("tokenizer.json"))), "is not this model's tokenizer"),
+    "a mask beyond the words": (lambda path: garbage_change(path, mask_id=2000), "vocabulary"),
+    "no room for a word": (lambda path: garbage_change(path, pad_id=127), "no room"),
+    "special words in words": (lambda path: garbage_change(path, special_ids="abc"), "cannot be"),
+    "an image model": (lambda path: shutil.copy(ROOT / "weights/tiny-mae.safetensors", path),
+                       "this is an image model, use mae.py")}
+GARBAGE_IMAGE_WEIGHTS = {
+    "a text model": (lambda path: shutil.copy(ROOT / "weights/tiny-mlm.safetensors", path), "mlm"),
+    "patches that do not divide": (lambda path: garbage_change(path, image_size=41), "divide")}
+
+
+@pytest.mark.parametrize("modality, damage", [
+    *(("image", name) for name in GARBAGE_WEIGHTS | GARBAGE_IMAGE_WEIGHTS),
+    *(("text", name) for name in GARBAGE_WEIGHTS | GARBAGE_TEXT_WEIGHTS)])
+@pytest.mark.filterwarnings("error")  # a warning would be a second line
+def test_weights_that_are_wrong_are_refused(modality, damage, garbage_data, tmp_path, capfd,
+                                            monkeypatch):
+    kind, dataset = {"image": ("mae", "toybirds"), "text": ("mlm", "pydocs")}[modality]
+    path = tmp_path / "my weights.safetensors"
+    shutil.copy(ROOT / "weights" / f"tiny-{kind}.safetensors", path)
+    shutil.copy(ROOT / "weights" / "tokenizer.json", tmp_path)
+    spoil, said = (GARBAGE_WEIGHTS | GARBAGE_TEXT_WEIGHTS | GARBAGE_IMAGE_WEIGHTS)[damage]
+    spoil(path)
+    if damage == "a pickle by its name":
+        path, said = path.with_suffix(".pth"), "is a pickle, which can run code"
+    before = garbage_tree(tmp_path)
+    line = garbage_refused(capfd, monkeypatch, [
+        "finetune.py", "--dataset", dataset, "--init", path, "--data-dir", garbage_data, "--smoke",
+        "--out", tmp_path / "out"])
+    assert said in line and ("weights" in line or "tokenizer" in line)
+    assert garbage_tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("change", [
+    {"roberta.encoder.layer.0.attention.self.key.weight": (48, 7)},
+    {"roberta.encoder.layer.0.attention.self.key.bias": ()},
+    {"roberta.embeddings.word_embeddings.weight": (5,)},
+    {"roberta.embeddings.position_embeddings.weight": ()}])
+def test_published_text_weights_of_odd_shapes_are_refused(tmp_path, change):
+    folder = text_hub_folder(tmp_path, lambda tensors: tensors.update(
+        {name: torch.zeros(shape) for name, shape in change.items()}))
+    with pytest.raises(BadInput):
+        mlm.MLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("change", [
+    {"vit.embeddings.patch_embeddings.projection.weight": (5,)},
+    {"vit.embeddings.position_embeddings": ()}, {"vit.encoder.layer.0.intermediate.dense.bias": ()},
+    {"vit.encoder.layer.0.attention.attention.query.weight": (3, 3)}])
+def test_published_image_weights_of_odd_shapes_are_refused(tmp_path, change):
+    tensors = load_file("golden/vit_mae.safetensors")
+    tensors |= {name: torch.zeros(shape) for name, shape in change.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    for config in (None, "golden/vit_mae.config.json"):
+        if config:
+            shutil.copy(config, tmp_path / "config.json")
+        with pytest.raises(BadInput):
+            mae.MAE.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "a NaN", "a large width", "a pickle"])
+def test_wrong_weights_end_a_real_program(tmp_path, garbage_data, damage):
+    path = tmp_path / "weights.safetensors"
+    shutil.copy(ROOT / "weights" / "tiny-mae.safetensors", path)
+    GARBAGE_WEIGHTS[damage][0](path)
+    done = program("distill.py", "--init", str(path), "--data-dir", str(garbage_data), "--out",
+                   str(tmp_path / "out"))
+    assert done.returncode == 2 and not done.stdout and len(done.stderr.splitlines()) == 1
+    assert GARBAGE_WEIGHTS[damage][1] in done.stderr and serve_only(tmp_path) == [path.name]
