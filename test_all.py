@@ -41,7 +41,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 
 import baselines
@@ -3938,3 +3938,200 @@ def test_wrong_weights_end_a_real_program(tmp_path, garbage_data, damage):
                    str(tmp_path / "out"))
     assert done.returncode == 2 and not done.stdout and len(done.stderr.splitlines()) == 1
     assert GARBAGE_WEIGHTS[damage][1] in done.stderr and serve_only(tmp_path) == [path.name]
+
+
+# ----------------------------------------------------------------------------- data
+
+
+def garbage_pictures(root: Path, **counts: int) -> None:
+    """A good set of pictures, all different; a count such as train_b=0 leaves only the folder."""
+    first = 0
+    for name in ("train_a", "train_b", "test_a", "test_b"):
+        data_pictures(root / name.replace("_", "/"), counts.get(name, 4), first)
+        first += 20
+
+
+def garbage_texts(root: Path, **lines: object) -> None:
+    """A good set of texts; train=…, test=… are further lines at the ends of the files."""
+    for split, count in (("train", 9), ("test", 4)):
+        rows = [json.dumps({"text": f"{split} text {i}", "label": "ab"[i % 2]}) + "\n"
+                for i in range(count)]
+        more = lines.get(split, b"")
+        root.mkdir(exist_ok=True)
+        (root / f"{split}.jsonl").write_bytes("".join(rows).encode() + (
+            more if isinstance(more, bytes) else json.dumps(more).encode()))
+
+
+def garbage_file(content: object, name: str = "train/b/bad.png") -> object:
+    """A good set of pictures with one more file, of the content or made by it."""
+    def build(root: Path) -> None:
+        garbage_pictures(root)
+        path = root / name
+        path.write_bytes(content) if isinstance(content, bytes) else content(path)
+    return build
+
+
+def garbage_cut(path: Path) -> None:
+    """The first half of a picture."""
+    draws = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(draws).save(path)
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+def garbage_words(**lines: object) -> object:
+    return lambda root: garbage_texts(root, **lines)
+
+
+GARBAGE_LINE = "train.jsonl, line 10: "
+GARBAGE_ODD = "it's \"not\"\na naïve 鳥.png" if os.name != "nt" else "it's a naïve 鳥.png"
+GARBAGE_DATA = {  # how a data set is made: what the message has in it
+    "an empty class": (lambda root: garbage_pictures(root, train_b=0), "b holds no pictures"),
+    "an empty test class": (lambda root: garbage_pictures(root, test_b=0), "b holds no pictures"),
+    "one picture a class": (lambda root: [
+        data_pictures(root / name, 1, 9 * i) for i, name in enumerate("abc")], "add more, or"),
+    "one class": (lambda root: data_pictures(root / "a", 9), "has one class, 'a'"),
+    "an unknown test class": (lambda root: [
+        garbage_pictures(root), data_pictures(root / "test" / "c", 1)], "test has c, which"),
+    "pictures beside classes": (lambda root: [
+        garbage_pictures(root), data_pictures(root / "train", 1)], "beside folders"),
+    "no pictures": (lambda root: root.mkdir(), "holds no pictures"),
+    "test alone": (lambda root: data_pictures(root / "test" / "a", 1), "none called train"),
+    "a picture of 0 bytes": (garbage_file(b""), "bad.png cannot be read"),
+    "a truncated PNG": (garbage_file(garbage_cut), "bad.png cannot be read"),
+    "a truncated JPEG": (garbage_file(garbage_cut, "test/a/bad.jpg"), "bad.jpg cannot be read"),
+    "a truncated TIFF": (garbage_file(garbage_cut, "test/a/bad.tif"), "bad.tif cannot be read"),
+    "a text for a picture": (garbage_file(b"no picture"), "bad.png cannot be read"),
+    "a bomb of 100 megapixels": (garbage_file(
+        lambda path: Image.new("1", (10_000, 10_000)).save(path)), "bomb"),
+    "a bomb of 400 megapixels": (garbage_file(
+        lambda path: Image.new("1", (20_000, 20_000)).save(path)), "bomb"),
+    "a folder for a picture": (garbage_file(Path.mkdir), "bad.png cannot be read"),
+    "a bad picture of an odd name": (garbage_file(b"", f"train/a/{GARBAGE_ODD}"), "naïve 鳥.png"),
+    "a line that is cut": (garbage_words(train=b'{"text": "a", "la'), GARBAGE_LINE + "not JSON"),
+    "a line of noise": (garbage_words(train=b"\x01\x02\x03"), GARBAGE_LINE + "not JSON"),
+    "a NUL in a text": (garbage_words(train=b'{"text": "a\0b"}'), GARBAGE_LINE + "not JSON"),
+    "a number of 5000 digits": (garbage_words(train=b"9" * 5000), GARBAGE_LINE),
+    "brackets nested deeply": (garbage_words(train=b"[" * 200_000), GARBAGE_LINE + "not JSON"),
+    "a list for an object": (garbage_words(train=["a", "b"]), GARBAGE_LINE + 'no "text"'),
+    "no text": (garbage_words(train={"label": "a"}), GARBAGE_LINE + 'no "text"'),
+    "an empty text": (garbage_words(train={"text": "", "label": "a"}), GARBAGE_LINE + "no"),
+    "a text of blanks": (garbage_words(train={"text": " \t\n", "label": "a"}), GARBAGE_LINE),
+    "an invisible text": (garbage_words(train={"text": "\u200b", "label": "a"}), GARBAGE_LINE),
+    "a text that is a number": (garbage_words(train={"text": 5, "label": "a"}), GARBAGE_LINE),
+    "a label that is a number": (garbage_words(train={"text": "a", "label": 1}), "but must be a"),
+    "a label that is a list": (garbage_words(train={"text": "a", "label": ["a"]}), GARBAGE_LINE),
+    "a label that is true": (garbage_words(train={"text": "a", "label": True}), GARBAGE_LINE),
+    "a line without its label": (garbage_words(train={"text": "a"}), "some have none"),
+    "Latin-1": (garbage_words(train="é".encode("latin-1")), "not UTF-8"),
+    "UTF-16": (lambda root: [garbage_texts(root), (root / "train.jsonl").write_bytes(
+        '{"text": "a"}\n'.encode("utf-16"))], "train.jsonl is not UTF-8"),
+    "an unknown test label": (garbage_words(test={"text": "a", "label": "c"}), "the label 'c'"),
+    "a bad test line": (garbage_words(test=b"{"), "test.jsonl, line 5: not JSON"),
+    "an empty file": (lambda root: [root.mkdir(), (root / "train.jsonl").touch()], "no texts"),
+    "one text a label": (lambda root: text_jsonl(root / "train.jsonl", [
+        {"text": name, "label": name} for name in "abc"]), "too few texts of each label"),
+    "one label": (lambda root: text_jsonl(root / "train.jsonl", [
+        {"text": f"text {i}", "label": "a"} for i in range(20)]), "has one class, 'a'"),
+    "labels in one split": (lambda root: [garbage_texts(root), text_jsonl(
+        root / "test.jsonl", [{"text": "a"}])], "only one has labels"),
+    "no training file": (lambda root: [garbage_texts(root), (root / "train.jsonl").rename(
+        root / "dev.jsonl")], "no texts at")}
+
+
+@pytest.mark.parametrize("damage", GARBAGE_DATA)
+def test_data_that_are_wrong_are_refused(damage, tmp_path, capfd, monkeypatch):
+    build, said = GARBAGE_DATA[damage]
+    build(tmp_path / "my set")
+    line = garbage_refused(capfd, monkeypatch, [
+        "finetune.py", "--dataset", tmp_path / "my set", "--init", "tiny", "--smoke", "--data-dir",
+        tmp_path / "data", "--out", tmp_path / "out"])
+    assert said in line and "my set" in line
+    assert not (tmp_path / "out").exists()
+    made = garbage_tree(tmp_path / "data")  # a good training split may have been kept
+    assert all(name.endswith(".safetensors") for name in made)
+
+
+@pytest.mark.parametrize("damage", ["a truncated PNG", "a bad picture of an odd name",
+                                    "a bomb of 100 megapixels", "Latin-1"])
+def test_wrong_data_end_a_real_program(tmp_path, damage):
+    build, said = GARBAGE_DATA[damage]
+    build(tmp_path / "my set")
+    done = program("distill.py", "--dataset", str(tmp_path / "my set"), "--init", "tiny",
+                   "--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "out"))
+    assert done.returncode == 2 and not done.stdout and len(done.stderr.splitlines()) == 1
+    assert said in done.stderr and not (tmp_path / "out").exists()
+
+
+def garbage_taken(monkeypatch, capfd, root: Path, out: Path) -> str:
+    """Fine-tune on a set for a few steps; what was shown on standard output."""
+    monkeypatch.setattr(sys, "argv", [
+        "finetune.py", "--dataset", str(root), "--init", "tiny", "--smoke", "--data-dir",
+        str(out.parent / "data"), "--out", str(out), "--finetune-batch-size", "4"])
+    finetune.main()
+    return capfd.readouterr().out
+
+
+def test_odd_names_are_taken_as_they_are(tmp_path, monkeypatch, capfd):
+    root = tmp_path / "it's \"my\" naïve\n鳥 set"
+    names = DATA_ODD + ["new\nline", "tab\there", os.fsdecode(b"any \xff bytes")]
+    if os.name == "nt":
+        root, names = tmp_path / "it's my naïve 鳥 set", DATA_ODD
+    for split in ("train", "test"):
+        for i, name in enumerate(names):
+            data_pictures(root / split / name, 2, 20 * i + 9 * (split == "test"))
+            (root / split / name / f"{20 * i + 9 * (split == 'test')}.png").rename(
+                root / split / name / f"{name}.png")
+    sys.stdout.reconfigure(errors="backslashreplace")  # as `run.program` does
+    garbage_taken(monkeypatch, capfd, root, tmp_path / "out")
+    path = tmp_path / "out" / "finetuned-fine-tuning.safetensors"
+    assert fetch.read_weights(path)[1]["classes"] == sorted(names)
+    garbage_texts(tmp_path / "ein \"Satz\" 鳥")
+    garbage_taken(monkeypatch, capfd, tmp_path / "ein \"Satz\" 鳥", tmp_path / "again")
+
+
+def test_duplicates_and_long_texts_are_counted_and_told(tmp_path, monkeypatch, capfd):
+    garbage_pictures(tmp_path / "pictures")
+    for i in range(3):
+        shutil.copy(tmp_path / "pictures" / "train" / "a" / f"{i}.png",
+                    tmp_path / "pictures" / "test" / "b" / f"again {i}.png")
+    shown = garbage_taken(monkeypatch, capfd, tmp_path / "pictures", tmp_path / "out")
+    assert "NOTE: also among the training pictures: 3 of 11 test pictures" in shown
+    record = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "3 of 11 test pictures" in record["facts"]["source"]
+    garbage_texts(tmp_path / "texts", train=json.dumps(
+        {"text": "word " * 999, "label": "a"}).encode(), test=json.dumps(
+        {"text": "train text 3", "label": "a"}).encode())
+    for out in ("one", "two"):  # from the files and from the cache
+        shown = garbage_taken(monkeypatch, capfd, tmp_path / "texts", tmp_path / out)
+        assert "NOTE: also among the training texts: 1 of 5 test texts" in shown
+        assert "NOTE: longer than 128 tokens and cut: 1 of 10 train texts" in shown
+    garbage_texts(tmp_path / "clean")
+    assert "NOTE" not in garbage_taken(monkeypatch, capfd, tmp_path / "clean", tmp_path / "three")
+
+
+def test_a_text_of_which_a_tokenizer_leaves_nothing_is_refused(tmp_path):
+    tokenizer = text_tokenizer()
+    tokenizer.normalizer = normalizers.Replace("9", "")
+    garbage_texts(tmp_path / "set", test={"text": "999", "label": "a"})
+    with pytest.raises(BadInput, match=r"\(test\).*text 5, '999': remove it"):
+        texts.load(str(tmp_path / "set"), tmp_path, tokenizer, 20)
+
+
+@pytest.mark.parametrize("kind", ["pictures", "texts"])
+def test_a_damaged_cache_is_made_anew(kind, tmp_path):
+    {"pictures": garbage_pictures, "texts": garbage_texts}[kind](tmp_path / "set")
+
+    def load() -> fetch.Data:
+        if kind == "pictures":
+            return images.load(str(tmp_path / "set"), tmp_path, 8)
+        return texts.load(str(tmp_path / "set"), tmp_path, text_tokenizer(), 20)
+
+    first = load()
+    for damage in (b"", b"noise" * 99):
+        for path in (tmp_path / "cache").iterdir():
+            path.unlink()  # the old one is still mapped
+            path.write_bytes(damage)
+        again = load()
+        every = torch.arange(len(first.train))
+        assert torch.equal(first.train[every], again.train[every])
+        assert first.fingerprint == again.fingerprint

@@ -42,6 +42,12 @@ def nearest(word: str, words: Iterable[str]) -> str:
     return f" (did you mean {found[0]}?)" if found else ""
 
 
+def warn(message: str) -> str:
+    """Tell the user something about the data; returns it as the end of a data set's note."""
+    print(f"NOTE: {message}", flush=True)
+    return f"; {message}"
+
+
 @contextlib.contextmanager
 def whole(path: str | Path) -> Iterator[Path]:
     """A name to write `path` under, so that it appears complete and on the disk or not at all.
@@ -133,7 +139,9 @@ def save_weights(tensors: dict[str, torch.Tensor], config: dict, path: Path,
     """Write tensors with their configuration and lineage as metadata, whole or not at all."""
     with whole(path) as part:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-                  part, metadata={"config": json.dumps(config), **lineage})
+                  part, metadata={"config": json.dumps(config)} | {
+                      name: value.encode(errors="backslashreplace").decode()  # names of any bytes
+                      for name, value in lineage.items()})
 
 
 def translate(tensors: dict[str, torch.Tensor], table: dict[str, str | tuple[str, ...]],

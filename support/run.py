@@ -488,9 +488,13 @@ def load_data(config: Config, model: torch.nn.Module) -> fetch.Data:
 def check_sizes(program: str, config: Config, data: fetch.Data) -> None:
     """Refuse settings that the data leave without effect or sense (`BadInput`); before `fill`."""
     for name in ("batch_size", "finetune_batch_size"):
-        if (getattr(config, name) or 0) > len(data.train):
-            raise fetch.BadInput(f"{_flag_name(name)} is {getattr(config, name)}, but there are "
-                                 f"{len(data.train)} training examples: use at most as many")
+        value = getattr(config, name) or 0
+        if value > len(data.train) and not (config.smoke and value == SMOKE[name]):
+            raise fetch.BadInput(f"{_flag_name(name)} is {value}, but there are {len(data.train)} "
+                                 "training examples: use at most as many")
+    if len(data.classes) == 1:
+        raise fetch.BadInput(f"{config.dataset} has one class, {data.classes[0]!r}: have two or "
+                             "more, or none (no folders, no labels) to pre-train alone")
     if data.train_labels is None or data.test_labels is None:
         if program != "distill":
             raise fetch.BadInput(f"{config.dataset} has no labels to fine-tune on: distill.py "
