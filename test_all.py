@@ -5,6 +5,7 @@
 """
 import ast
 import copy
+import csv
 import hashlib
 import http.server
 import importlib
@@ -2700,7 +2701,7 @@ def test_flags_are_the_same_in_every_program():
     wanted = """--dataset --data-dir --init --out --seed --device --precision --compile
         --save-every --smoke --steps --batch-size --lr --weight-decay --mask-prob --rounds
         --train-size --finetune-steps --finetune-batch-size --finetune-lr --method --recadam-cof
-        --recadam-t0 --recadam-k --mars-radius --r3f-eps --r3f-weight --match
+        --recadam-t0 --recadam-k --mars-radius --r3f-eps --r3f-weight --predict --match
         --masking --pixels --mae-weight --as-released""".split()
     assert set(wanted) == set(seen) - {"--help"}
 
@@ -3747,6 +3748,8 @@ GARBAGE_FLAGS = [  # (command line, what the message has in it)
     ("baselines.py --dataset {data}/flat --init tiny", "no labels to fine-tune on"),
     ("distill.py --dataset {data}/flat --init tiny --finetune-lr 1", "-lr does nothing, as"),
     ("distill.py --dataset {data}/flat --init tiny --method mars", "--method does nothing, as"),
+    ("finetune.py --predict {data}/flat --seed 3", "does nothing with --predict"),
+    ("finetune.py --predict {data}/flat --dataset toybirds", "does nothing with --predict"),
 ]
 
 
@@ -3754,7 +3757,7 @@ GARBAGE_FLAGS = [  # (command line, what the message has in it)
 def test_flags_that_are_wrong_are_refused(line, said, garbage_data, tmp_path, capfd, monkeypatch):
     words = line.format(data=garbage_data).split()
     for name in ("--data-dir", "--out"):  # where the case itself does not name them
-        if name not in line and (name, words[0]) != ("--out", "mlm.py"):
+        if name not in line and (name, words[0]) != ("--out", "mlm.py") and "predict" not in line:
             words += [name, str({"--out": tmp_path / "out"}.get(name, garbage_data))]
     before = garbage_tree(garbage_data)
     assert said in garbage_refused(capfd, monkeypatch, words)
@@ -4135,3 +4138,115 @@ def test_a_damaged_cache_is_made_anew(kind, tmp_path):
         every = torch.arange(len(first.train))
         assert torch.equal(first.train[every], again.train[every])
         assert first.fingerprint == again.fingerprint
+
+
+# ----------------------------------------------------------------------------- predictions
+
+
+@pytest.fixture(scope="session")
+def garbage_classifiers(tmp_path_factory):
+    """A folder with the classifiers of a run on pictures and of one on texts."""
+    root = tmp_path_factory.mktemp("classifiers")
+    garbage_pictures(root / "pictures")
+    garbage_texts(root / "texts")
+    for kind in ("pictures", "texts"):
+        done = program("finetune.py", "--dataset", str(root / kind), "--init", "tiny", "--smoke",
+                       "--data-dir", str(root / "data"), "--out", str(root / f"{kind}-run"),
+                       "--finetune-lr", "0.003")
+        assert done.returncode == 0, done.stderr
+    return root
+
+
+def garbage_classifier(root: Path, kind: str, to: Path) -> Path:
+    """A copy of a run's classifier and, for texts, of its tokenizer."""
+    to.mkdir(exist_ok=True)
+    for path in (root / f"{kind}-run").iterdir():
+        if path.name in ("finetuned-fine-tuning.safetensors", "tokenizer.json"):
+            shutil.copy(path, to)
+    return to / "finetuned-fine-tuning.safetensors"
+
+
+@pytest.mark.parametrize("kind", ["pictures", "texts"])
+def test_predictions_are_the_classifiers(kind, garbage_classifiers, tmp_path):
+    """Against a classifier that is put together by hand here and sees one input at a time."""
+    path = garbage_classifier(garbage_classifiers, kind, tmp_path / "run")
+    module = {"pictures": mae, "texts": mlm}[kind]
+    model = getattr(module, {"pictures": "MAE", "texts": "MLM"}[kind]).from_pretrained("tiny")
+    classifier = finetune.Classifier(model.encoder, 2)
+    classifier.load_state_dict(load_file(path))
+    classifier.eval()
+    if kind == "pictures":
+        mine = tmp_path / "mine"
+        names = ["a b.png", "deeper/naïve 鳥.png"] + ['q"uo,te\n.png'] * (os.name != "nt")
+        for i, name in enumerate(sorted(names)):
+            data_pictures(mine / "x", 1, 40 * i)
+            (mine / name).parent.mkdir(exist_ok=True)
+            (mine / "x" / f"{40 * i}.png").rename(mine / name)
+        inputs = [images.normalise(torch.from_numpy(images.decode(mine / name, 40)))
+                  for name in sorted(names)]
+    else:
+        mine = tmp_path / "mine.txt"
+        names = ["train text 1", 'one, "two"', "drei – 鳥"]
+        mine.write_text(f"{names[0]}\n\n{names[1]}\n  \n{names[2]}", encoding="utf-8")
+        encode = model.tokenizer.encode
+        inputs = [torch.tensor([0, *encode(name, add_special_tokens=False).ids, 2])
+                  for name in names]
+    done = program("finetune.py", "--init", str(path), "--predict", str(mine))
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    target = path.with_name("predictions-mine.csv")
+    assert done.stdout == f"wrote {target}\n"
+    with open(target, encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["file" if kind == "pictures" else "text", "class", "a", "b"]
+    assert [row[0] for row in rows] == (sorted(names) if kind == "pictures" else names)
+    for x, (_, found, *chances) in zip(inputs, rows, strict=True):
+        with torch.no_grad():
+            expected = classifier(x[None]).softmax(1)[0].tolist()
+        # a batch adds in another order, and six decimals are written
+        assert [float(chance) for chance in chances] == pytest.approx(expected, abs=2e-6)
+        assert found == "ab"[int(expected[1] > expected[0])]
+
+
+GARBAGE_PREDICT = {  # the classifier's kind, what is done to it, what is read, the message
+    "no classifier": ("pictures", lambda path: shutil.copy(
+        ROOT / "weights/tiny-mae.safetensors", path), "pictures", "holds no classifier"),
+    "no such path": ("pictures", None, "nowhere", "there is no"),
+    "an empty folder": ("pictures", None, "empty", "holds no pictures"),
+    "texts for pictures": ("pictures", None, "texts/train.jsonl", "cannot be read as a picture"),
+    "pictures for texts": ("texts", None, "pictures", "is no file of them"),
+    "an empty text": ("texts", None, "empty.txt", "holds no texts"),
+    "a picture for a text": ("texts", None, "pictures/train/a/0.png", "not UTF-8"),
+    "no tokenizer": ("texts", lambda path: path.with_name("tokenizer.json").unlink(),
+                     "texts/train.jsonl", "tokenizer.json"),
+    "a broken picture": ("pictures", None, "broken", "cannot be read as a picture"),
+    "a NaN": ("pictures", lambda path: garbage_change(
+        path, garbage_tensor(lambda t: t * torch.nan)), "pictures", "holds NaN"),
+    "no classes": ("pictures", lambda path: garbage_change(path, classes="left out"), "pictures",
+                   "holds no classifier"),
+    "a class too many": ("pictures", lambda path: garbage_change(path, classes=list("abc")),
+                         "pictures", "expected [3"),
+    "classes that are numbers": ("texts", lambda path: garbage_change(path, classes=[1, 2]),
+                                 "texts/train.jsonl", "holds no classifier"),
+    "no width": ("texts", lambda path: garbage_change(path, width="left out"), "texts/train.jsonl",
+                 "width"),
+    "truncated": ("texts", lambda path: path.write_bytes(path.read_bytes()[:-9]),
+                  "texts/train.jsonl", "not a readable safetensors")}
+
+
+@pytest.mark.parametrize("case", GARBAGE_PREDICT)
+def test_predictions_that_cannot_be_made_are_refused(case, garbage_classifiers, tmp_path, capfd,
+                                                     monkeypatch):
+    kind, spoil, read, said = GARBAGE_PREDICT[case]
+    root = tmp_path / "root"
+    shutil.copytree(garbage_classifiers, root)
+    (root / "empty").mkdir()
+    (root / "empty.txt").write_text(" \n\n")
+    (root / "broken").mkdir()
+    (root / "broken" / "x.png").write_bytes(b"")
+    path = garbage_classifier(root, kind, root / "copy")
+    if spoil:
+        spoil(path)
+    before = garbage_tree(root)
+    assert said in garbage_refused(capfd, monkeypatch, [
+        "finetune.py", "--init", path, "--predict", root / read])
+    assert garbage_tree(root) == before

@@ -106,8 +106,8 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     return tensors, config
 
 
-def blank(model: type, sizes: Callable[[], object], tensors: dict[str, torch.Tensor],
-          path: Path) -> torch.nn.Module:
+def blank(model: Callable[[object], torch.nn.Module], sizes: Callable[[], object],
+          tensors: dict[str, torch.Tensor], path: Path) -> torch.nn.Module:
     """model(sizes()) without memory: a model as a file, which may be wrong, describes itself.
 
     sizes returns the model's configuration, a dataclass. Raises BadInput where no model with such

@@ -479,6 +479,16 @@ def load(name: str, data_dir: str | Path, side: int) -> Data:
                 fingerprint=hashlib.sha256((first + second).encode()).hexdigest())
 
 
+def plain(path: str | Path, side: int) -> tuple[list[str], torch.Tensor]:
+    """Names and pixels uint8 [N, 3, side, side] of a folder's pictures, or of one; no labels."""
+    path = Path(path)
+    found = [path] if path.is_file() else _pictures(path)
+    if not found:
+        raise BadInput(f"{path} holds no pictures ({' '.join(SUFFIXES)})")
+    names = [file.name if file == path else file.relative_to(path).as_posix() for file in found]
+    return names, _decode_all([(file, None) for file in found], side, "pictures")[0]
+
+
 # ----------------------------------------------------------------------------- contact sheets
 
 

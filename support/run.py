@@ -163,6 +163,11 @@ class Config:
     r3f_weight: float = _flag(
         1.0, "R3F: weight of the symmetric KL term (its default 1); more smooths more", _TUNE)
 
+    predict: str | None = _flag(
+        None, "do not train: write the classes and probabilities that the classifier of --init (a "
+        "run's finetuned-….safetensors) gives a folder of pictures, or the texts of a .txt (one a "
+        "line) or .jsonl file, as a .csv into --out, default the classifier's folder", "finetune")
+
     match: str = _flag(
         "hidden", "what the distillation term compares: hidden states at all positions (the "
         "paper), the class token's alone (released code), predictions, or weights by l2 or MARS "
@@ -265,6 +270,9 @@ def _idle(program: str, config: Config) -> dict[str, str]:
         for method in ("recadam", "mars", "r3f"):
             idle |= {item.name: f"without --method {method}" for item in fields(Config)
                      if item.name.startswith(f"{method}_") and config.method != method}
+    if config.predict:
+        idle |= {item.name: "with --predict" for item in fields(Config)
+                 if item.name not in ("predict", "init", "out", "device", "precision")}
     if not config.rounds:
         idle |= dict.fromkeys(("match", "mae_weight"), "with --rounds 0")
     if config.modality == "text":

@@ -147,6 +147,21 @@ def tokenise(rows: list[str], tokenizer: Tokenizer, max_length: int) -> tuple[Te
     return torch.tensor(ids, dtype=torch.int32), offsets, sum(len(text) > room for text in found)
 
 
+def plain(path: str | Path, tokenizer: Tokenizer, max_length: int) -> tuple[list[str], Texts]:
+    """The texts of a .jsonl file, or of any other with one a line; labels are not read."""
+    path = Path(path)
+    if path.suffix == ".jsonl":
+        found = [text for text, _ in jsonl_rows(path)]
+    else:
+        found = [line for line in read_lines(path) if line.strip()]
+    if not found:
+        raise BadInput(f"{path} holds no texts")
+    ids, offsets, cut = tokenise(found, tokenizer, max_length)
+    if cut:
+        fetch.warn(f"longer than {max_length} tokens and cut: {cut} of {len(found)} texts")
+    return found, Texts(ids, offsets, tokenizer.token_to_id("<pad>"))
+
+
 def label_ids(labels: list[str], classes: list[str], where: str) -> Tensor:
     unseen = sorted(set(labels) - set(classes))
     if unseen:
