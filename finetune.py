@@ -8,11 +8,16 @@ tanh -> linear).
     python finetune.py --method recadam --seed 1
     python finetune.py --init runs/distill-toybirds-tiny-seed0/distilled-1.safetensors
 
+With --predict a classifier that a run has saved names the classes of one's own pictures or texts.
+
 Letters: B batch, K positions, D width, C classes, N examples.
 """
 import collections
 import copy
-from dataclasses import asdict, replace
+import csv
+import os
+from dataclasses import asdict, fields, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +26,7 @@ from torch import Tensor, nn
 import baselines
 import mae
 import mlm
-from support import fetch, parallel, run, texts
+from support import fetch, images, parallel, run, texts
 
 # ----------------------------------------------------------------------------- scores (§5)
 
@@ -226,6 +231,63 @@ def fine_tune(model: nn.Module, data: fetch.Data, config: run.Config, this: run.
             "distance": distance((initial or model).encoder, classifier.encoder)}
 
 
+# ----------------------------------------------------------------------------- predictions
+
+
+def read_classifier(path: Path) -> tuple[Classifier, list[str]]:
+    """The classifier that `fine_tune` saved, and its classes; `BadInput` for any other file."""
+    tensors, about = fetch.read_weights(path)
+    classes = about.get("classes")
+    if about.get("model") != "classifier" or not isinstance(classes, list) or not classes or any(
+            not isinstance(name, str) for name in classes):
+        raise fetch.BadInput(f"{path} holds no classifier with its classes: --predict needs --init "
+                             "with a finetuned-….safetensors of a run")
+    kind = mlm if "vocab_size" in about else mae
+
+    def sizes() -> object:
+        own = about | {"special_ids": tuple(about["special_ids"])} if kind is mlm else about
+        config = kind.Config(**{item.name: own[item.name] for item in fields(kind.Config)})
+        return mlm.sound(config) if kind is mlm else config
+
+    classifier = fetch.blank(lambda config: Classifier(kind.Encoder(config), len(classes)), sizes,
+                             tensors, path)
+    wanted = classifier.state_dict()
+    found = fetch.translate(tensors, {name: name for name in wanted}, wanted)
+    classifier.to_empty(device="cpu").load_state_dict(found)
+    return classifier.eval(), classes
+
+
+def write_predictions(config: run.Config) -> Path:
+    """A .csv with the most probable class of each input and every class's probability."""
+    path = fetch.weights(config.init, "mae")
+    classifier, classes = read_classifier(path)
+    sizes = classifier.encoder.config
+    if not os.path.exists(config.predict):
+        raise fetch.BadInput(f"--predict: there is no {config.predict!r}")
+    if classifier.reads_text:
+        if not os.path.isfile(config.predict):
+            raise fetch.BadInput(f"{path} reads texts, and {config.predict} is no file of them")
+        beside = path.with_name("tokenizer.json")
+        if not beside.exists():
+            raise fetch.BadInput(f"there is no {beside}: put the run's tokenizer.json there")
+        tokenizer = mlm.read_tokenizer(beside, sizes)
+        names, inputs = texts.plain(config.predict, tokenizer, sizes.max_length)
+    else:
+        names, inputs = images.plain(config.predict, sizes.image_size)
+    classifier.to(run.device(config))
+    probabilities = predict(classifier, inputs, config).softmax(1)  # [N, C]
+    name = f"predictions-{Path(config.predict).resolve().stem[:50]}.csv"
+    target = Path(config.out or path.parent) / name
+    # names may have bytes that are no UTF-8
+    with fetch.whole(target) as part, open(part, "w", encoding="utf-8", newline="",
+                                           errors="backslashreplace") as file:
+        rows = csv.writer(file)
+        rows.writerow(["text" if classifier.reads_text else "file", "class", *classes])
+        for name, chances in zip(names, probabilities):
+            rows.writerow([name, classes[chances.argmax()], *(f"{p:.6f}" for p in chances)])
+    return target
+
+
 # ----------------------------------------------------------------------------- the program
 
 
@@ -245,6 +307,9 @@ def prepare(program: str, config: run.Config) -> tuple[nn.Module, fetch.Data, ru
 def measure(rows: dict[str, tuple[nn.Module, str]], initial: nn.Module, data: fetch.Data,
             config: run.Config, this: run.Run) -> dict:
     """Fine-tune every row's model by its method and finish the run; returns results.json."""
+    if this.folder and getattr(initial, "tokenizer", None):  # --predict reads it
+        with fetch.whole(this.folder / "tokenizer.json") as part:
+            initial.tokenizer.save(str(part))
     results = []
     for row, (model, method) in rows.items():
         own = replace(config, method=method)
@@ -255,6 +320,9 @@ def measure(rows: dict[str, tuple[nn.Module, str]], initial: nn.Module, data: fe
 
 def main() -> None:
     config = run.parse("finetune", __doc__)
+    if config.predict:
+        print(f"wrote {write_predictions(config)}")
+        return
     model, data, config, this = prepare("finetune", config)
     rows = {ROWS[config.method]: (model, config.method)}
     this.report(this.results() or measure(rows, model, data, config, this))

@@ -140,6 +140,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
+        assert width % heads == 0, "the heads must share the width equally"
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
@@ -180,6 +181,7 @@ class Encoder(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
+        assert config.image_size % config.patch_size == 0, "pictures must divide into patches"
         side = config.image_size // config.patch_size
         self.dropout = nn.Dropout(config.dropout)  # one for all blocks: fine-tuning turns it on
         self.patch = nn.Linear(3 * config.patch_size**2, config.width)
@@ -332,15 +334,16 @@ class MAE(nn.Module):
             table = {name: name for name in tensors}
         else:
             table = _foreign_names(tensors, path)
-        config = Config(**_sizes(tensors, table, described, sizes))
-        # seeded, as an encoder-only file leaves the decoder as drawn here
-        model = cls(config, run.generator(0, "fresh decoder"))
+        model = fetch.blank(cls, lambda: Config(**_sizes(tensors, table, described, sizes)),
+                            tensors, path)
         wanted = model.state_dict()
         if not _has_decoder(tensors):
             print(f"NOTE: {path} holds an encoder only: the decoder starts FRESH (untrained).",
                   flush=True)
             wanted = {name: t for name, t in wanted.items() if name.startswith("encoder.")}
         found = fetch.translate(tensors, {ours: table.get(ours, ours) for ours in wanted}, wanted)
+        # seeded, as an encoder-only file leaves the decoder as drawn here
+        model = cls(model.config, run.generator(0, "fresh decoder"))
         model.load_state_dict(found, strict=len(wanted) == len(model.state_dict()))
         return model.eval()
 
@@ -418,7 +421,7 @@ _HUB_FIELDS = {
 def _sizes(tensors: dict[str, Tensor], table: dict, described: dict, given: dict) -> dict:
     """Config's fields: the file's own description wins, then what the caller gave, then shapes."""
     if described.get("model") == "mae":  # written by `MAE.save`
-        return {field.name: described[field.name] for field in fields(Config)}
+        return {field.name: described.get(field.name) for field in fields(Config)}
 
     def shape(ours: str) -> torch.Size:
         name = table.get(ours, ours)

@@ -14,7 +14,7 @@ Letters of shapes: B batch, K positions (tokens), D width, H heads, V vocabulary
 of a batch (at most B·K), M the masked ones. A batch is as wide as its longest text, so most of it
 is padding: everything but attention runs on the N real tokens, packed into one [N, D] matrix.
 """
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -221,10 +221,8 @@ class MLM(nn.Module):
         """
         path = fetch.weights(source, "mlm")
         tensors, stored = fetch.read_weights(path)
-        config = read_config(path, tensors, stored, sizes)
-        with torch.device("meta"):  # no random numbers are drawn for weights to be replaced
-            model = cls(config)
-        wanted = model.state_dict()
+        model = fetch.blank(cls, lambda: read_config(path, tensors, stored, sizes), tensors, path)
+        config, wanted = model.config, model.state_dict()
         if any(name.startswith("roberta.") for name in tensors):
             refuse_untied(path, tensors)
             table = hub_names(config.depth)
@@ -234,11 +232,7 @@ class MLM(nn.Module):
         model.to_empty(device="cpu").load_state_dict(found)
         beside = path.parent / "tokenizer.json"
         if beside.exists():
-            model.tokenizer = Tokenizer.from_file(str(beside))
-            found_id = model.tokenizer.token_to_id("<mask>")
-            if found_id != config.mask_id:
-                raise BadInput(f"{beside} is not this model's tokenizer: its <mask> is {found_id}, "
-                               f"the model's is {config.mask_id}")
+            model.tokenizer = read_tokenizer(beside, config)
         return model.eval()
 
     def save(self, path: str | Path, **lineage: str) -> None:
@@ -326,12 +320,12 @@ def read_config(path: Path, tensors: dict[str, Tensor], stored: dict, given: dic
     """A stored model's sizes: from our own metadata, else a hub's config.json, else the tensors."""
     kind = stored.get("model") or stored.get("model_type", "roberta")
     if kind == "mlm":
-        own = given | stored | {"special_ids": tuple(stored["special_ids"])}
-        return Config(**{name: value for name, value in own.items() if name != "model"})
+        own = stored | {"special_ids": tuple(stored["special_ids"])}
+        return sound(Config(**{item.name: own[item.name] for item in fields(Config)}))
     rows = {name: tensor.shape[0] for name, tensor in tensors.items() if tensor.ndim}
     word = "roberta.embeddings.word_embeddings.weight"
     if kind != "roberta" or word not in rows:
-        image = kind == "mae" or "vit" in kind or any("patch" in name for name in tensors)
+        image = kind == "mae" or "vit" in str(kind) or any("patch" in name for name in tensors)
         hint = ": this is an image model, use mae.py" if image else ""
         raise BadInput(f"{path} holds no RoBERTa masked language model (its kind is {kind!r}, its "
                        f"first tensor {min(tensors, default='none')}){hint}")
@@ -348,7 +342,33 @@ def read_config(path: Path, tensors: dict[str, Tensor], stored: dict, given: dic
         raise BadInput(f"nothing says into how many heads {path} splits {sizes['width']} channels: "
                        "put its config.json beside it or call from_pretrained(source, heads=...)")
     mask_id = sizes["vocab_size"] - 1  # the last entry; <s> <pad> </s> <unk> are the first
-    return Config(**{"mask_id": mask_id, "special_ids": (0, 1, 2, 3, mask_id)} | sizes)
+    return sound(Config(**{"mask_id": mask_id, "special_ids": (0, 1, 2, 3, mask_id)} | sizes))
+
+
+def sound(config: Config) -> Config:
+    """The same; AssertionError where a model could not read a single word with it."""
+    ids = (config.pad_id, config.mask_id, *config.special_ids)
+    assert max(ids) < config.vocab_size, "its special tokens are not in its vocabulary"
+    assert config.max_length > 2, "there is no room for a word"
+    return config
+
+
+def read_tokenizer(path: Path, config: Config) -> Tokenizer:
+    """A model's tokenizer.json; BadInput where it is another model's or none."""
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises no narrower kind
+        raise BadInput(f"{path} is no tokenizer ({error})") from error
+    for token, wanted in (("<mask>", config.mask_id), ("<pad>", config.pad_id)):
+        if (found := tokenizer.token_to_id(token)) != wanted:
+            raise BadInput(f"{path} is not this model's tokenizer: its {token} is {found}, the "
+                           f"model's is {wanted}")
+    if {tokenizer.token_to_id("<s>"), tokenizer.token_to_id("</s>")} - set(config.special_ids):
+        raise BadInput(f"{path} is not this model's tokenizer: its <s> or </s> is another")
+    if tokenizer.get_vocab_size() > config.vocab_size:
+        raise BadInput(f"{path} is not this model's tokenizer: it has {tokenizer.get_vocab_size()} "
+                       f"words, the model {config.vocab_size}")
+    return tokenizer
 
 
 # ----------------------------------------------------------------------------- demonstration

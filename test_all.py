@@ -6,6 +6,7 @@
 """
 import ast
 import copy
+import csv
 import gc
 import hashlib
 import http.server
@@ -43,7 +44,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -2862,7 +2863,7 @@ def test_flags_are_the_same_in_every_program():
     wanted = """--dataset --data-dir --init --out --seed --device --accumulate --precision --compile
         --save-every --smoke --steps --batch-size --lr --weight-decay --mask-prob --rounds
         --train-size --finetune-steps --finetune-batch-size --finetune-lr --method --recadam-cof
-        --recadam-t0 --recadam-k --mars-radius --r3f-eps --r3f-weight --match
+        --recadam-t0 --recadam-k --mars-radius --r3f-eps --r3f-weight --predict --match
         --masking --pixels --mae-weight --as-released""".split()
     assert set(wanted) == set(seen) - {"--help"}
 
@@ -3955,6 +3956,8 @@ GARBAGE_FLAGS = [  # (command line, what the message has in it)
     ("baselines.py --dataset {data}/flat --init tiny", "no labels to fine-tune on"),
     ("distill.py --dataset {data}/flat --init tiny --finetune-lr 1", "-lr does nothing, as"),
     ("distill.py --dataset {data}/flat --init tiny --method mars", "--method does nothing, as"),
+    ("finetune.py --predict {data}/flat --seed 3", "does nothing with --predict"),
+    ("finetune.py --predict {data}/flat --dataset toybirds", "does nothing with --predict"),
 ]
 
 
@@ -3962,7 +3965,7 @@ GARBAGE_FLAGS = [  # (command line, what the message has in it)
 def test_flags_that_are_wrong_are_refused(line, said, garbage_data, tmp_path, capfd, monkeypatch):
     words = line.format(data=garbage_data).split()
     for name in ("--data-dir", "--out"):  # where the case itself does not name them
-        if name not in line and (name, words[0]) != ("--out", "mlm.py"):
+        if name not in line and (name, words[0]) != ("--out", "mlm.py") and "predict" not in line:
             words += [name, str({"--out": tmp_path / "out"}.get(name, garbage_data))]
     before = garbage_tree(garbage_data)
     assert said in garbage_refused(capfd, monkeypatch, words)
@@ -3983,6 +3986,478 @@ def test_flags_that_make_sense_are_taken(line):
 def test_a_default_batch_is_no_larger_than_the_set():
     config = run.fill(run.Config(), mae.MAE.from_pretrained("tiny"), 20)
     assert (config.batch_size, config.finetune_batch_size) == (20, 20)
+
+
+# ----------------------------------------------------------------------------- weights
+
+
+def garbage_change(path: Path, change: object = None, **about: object) -> None:
+    """Write a weight file again with its tensors and its configuration changed."""
+    tensors, config = fetch.read_weights(path)
+    if change:
+        change(tensors)
+    config = {name: value for name, value in (config | about).items() if value != "left out"}
+    save_file(tensors, path, metadata={"config": json.dumps(config)})
+
+
+def garbage_tensor(value: object) -> object:
+    """A change of the first layer's first matrix, which both models name alike."""
+    return lambda tensors: tensors.update({"encoder.blocks.0.fc1.weight": value(
+        tensors["encoder.blocks.0.fc1.weight"])})
+
+
+def garbage_header(path: Path, change: object) -> None:
+    """Write a safetensors file with another header before the same numbers."""
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:8 + length])
+    change(header)
+    header = json.dumps(header).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + whole[8 + length:])
+
+
+GARBAGE_FIRST = "encoder.blocks.0.fc1.weight"
+GARBAGE_WEIGHTS = {  # what is done to the bundled model's file: what the message has in it
+    "empty": (lambda path: path.write_bytes(b""), "not a readable safetensors"),
+    "4 bytes": (lambda path: path.write_bytes(b"\x08\0\0\0"), "not a readable safetensors"),
+    "half its header": (lambda path: path.write_bytes(path.read_bytes()[:500]), "not a readable"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-100]), "not a readable"),
+    "half": (lambda path: path.write_bytes(path.read_bytes()[:1_000_000]), "not a readable"),
+    "longer": (lambda path: path.write_bytes(path.read_bytes() + b"more"), "not a readable"),
+    "noise": (lambda path: path.write_bytes(bytes(range(256)) * 99), "not a readable"),
+    "a header of 8 EiB": (lambda path: path.write_bytes(
+        (2**63 - 1).to_bytes(8, "little") + path.read_bytes()[8:]), "not a readable"),
+    "a pickle": (lambda path: torch.save({"a": torch.ones(2)}, path), "not a readable"),
+    "a pickle by its name": (lambda path: torch.save({"a": 1}, path.with_suffix(".pth")), ""),
+    "offsets beyond the end": (lambda path: garbage_header(path, lambda header: header[
+        GARBAGE_FIRST].update(data_offsets=[0, 1 << 40])), "not a readable"),
+    "offsets that overlap": (lambda path: garbage_header(path, lambda header: header[
+        GARBAGE_FIRST].update(data_offsets=[0, 4 * 512 * 128])), "not a readable"),
+    "a shape beyond its bytes": (lambda path: garbage_header(path, lambda header: header[
+        GARBAGE_FIRST].update(shape=[1 << 30, 128])), "not a readable"),
+    "another dtype": (lambda path: garbage_header(path, lambda header: header[
+        GARBAGE_FIRST].update(dtype="F64")), "not a readable"),
+    "no header in its header": (lambda path: path.write_bytes(
+        (2).to_bytes(8, "little") + b"[]"), "not a readable"),
+    "no tensors": (lambda path: garbage_change(path, dict.clear), "my weights"),
+    "a missing tensor": (lambda path: garbage_change(
+        path, lambda tensors: tensors.pop(GARBAGE_FIRST)), f"missing {GARBAGE_FIRST}"),
+    "an unknown tensor": (lambda path: garbage_change(
+        path, lambda tensors: tensors.update(extra=torch.ones(3))), "unexpected extra [3]"),
+    "a wrong shape": (lambda path: garbage_change(path, garbage_tensor(lambda t: t[:-1])),
+                      "is [511, 128], expected [512, 128]"),
+    "a transposed matrix": (lambda path: garbage_change(
+        path, garbage_tensor(lambda t: t.t().contiguous())), "is [128, 512]"),
+    "a scalar": (lambda path: garbage_change(path, garbage_tensor(lambda t: t[0, 0])), "is []"),
+    "a NaN": (lambda path: garbage_change(path, garbage_tensor(lambda t: t.where(
+        t != t[5, 7], torch.nan))), f"{GARBAGE_FIRST} holds NaN or infinite numbers"),
+    "an infinity": (lambda path: garbage_change(path, garbage_tensor(lambda t: t / 0)), "infinite"),
+    "float64 beyond float32": (lambda path: garbage_change(
+        path, garbage_tensor(lambda t: t.double() * 1e300)), "infinite"),
+    "integers": (lambda path: garbage_change(path, garbage_tensor(torch.Tensor.int)), "int32"),
+    "a configuration that is not JSON": (lambda path: save_file(
+        load_file(path), path, metadata={"config": "{nope"}), "is not JSON"),
+    "a configuration nested deeply": (lambda path: save_file(
+        load_file(path), path, metadata={"config": "[" * 100_000}), "is not JSON"),
+    "a list for a configuration": (lambda path: save_file(
+        load_file(path), path, metadata={"config": "[1]"}), "is no configuration"),
+    "another kind of model": (lambda path: garbage_change(path, model="gpt"), "'gpt'"),
+    "a classifier": (lambda path: garbage_change(path, model="classifier"), "'classifier'"),
+    "a kind that is a number": (lambda path: garbage_change(path, model=3), "3"),
+    "no heads": (lambda path: garbage_change(path, heads=0), "heads is 0"),
+    "heads that do not divide": (lambda path: garbage_change(path, heads=7), "share the width"),
+    "heads left out": (lambda path: garbage_change(path, heads="left out"), "heads"),
+    "a huge width": (lambda path: garbage_change(path, width=10**12), "width is 1000000000000"),
+    "a large width": (lambda path: garbage_change(path, width=49_152), "expected [49152"),
+    "a negative depth": (lambda path: garbage_change(path, depth=-1), "depth is -1"),
+    "a thousand layers": (lambda path: garbage_change(path, depth=1000), "fewer tensors"),
+    "a width in words": (lambda path: garbage_change(path, width="wide"), "width is 'wide'"),
+    "half a layer": (lambda path: garbage_change(path, depth=1.5), "depth is 1.5"),
+    "a dropout of 2": (lambda path: garbage_change(path, dropout=2), "dropout is 2"),
+    "an ε of NaN": (lambda path: garbage_change(path, eps=math.nan), "eps is nan")}
+GARBAGE_TEXT_WEIGHTS = {  # the same for what only text models have
+    "no tokenizer": (lambda path: path.with_name("tokenizer.json").unlink(), "no tokenizer.json"),
+    "a broken tokenizer": (lambda path: path.with_name("tokenizer.json").write_text("{"),
+                           "is no tokenizer"),
+    "another tokenizer": (lambda path: text_tokenizer().save(
+        str(path.with_name("tokenizer.json"))), "is not this model's tokenizer"),
+    "a mask beyond the words": (lambda path: garbage_change(path, mask_id=2000), "vocabulary"),
+    "no room for a word": (lambda path: garbage_change(path, pad_id=127), "no room"),
+    "special words in words": (lambda path: garbage_change(path, special_ids="abc"), "cannot be"),
+    "an image model": (lambda path: shutil.copy(ROOT / "weights/tiny-mae.safetensors", path),
+                       "this is an image model, use mae.py")}
+GARBAGE_IMAGE_WEIGHTS = {
+    "a text model": (lambda path: shutil.copy(ROOT / "weights/tiny-mlm.safetensors", path), "mlm"),
+    "patches that do not divide": (lambda path: garbage_change(path, image_size=41), "divide")}
+
+
+@pytest.mark.parametrize("modality, damage", [
+    *(("image", name) for name in GARBAGE_WEIGHTS | GARBAGE_IMAGE_WEIGHTS),
+    *(("text", name) for name in GARBAGE_WEIGHTS | GARBAGE_TEXT_WEIGHTS)])
+@pytest.mark.filterwarnings("error")  # a warning would be a second line
+def test_weights_that_are_wrong_are_refused(modality, damage, garbage_data, tmp_path, capfd,
+                                            monkeypatch):
+    kind, dataset = {"image": ("mae", "toybirds"), "text": ("mlm", "pydocs")}[modality]
+    path = tmp_path / "my weights.safetensors"
+    shutil.copy(ROOT / "weights" / f"tiny-{kind}.safetensors", path)
+    shutil.copy(ROOT / "weights" / "tokenizer.json", tmp_path)
+    spoil, said = (GARBAGE_WEIGHTS | GARBAGE_TEXT_WEIGHTS | GARBAGE_IMAGE_WEIGHTS)[damage]
+    spoil(path)
+    if damage == "a pickle by its name":
+        path, said = path.with_suffix(".pth"), "is a pickle, which can run code"
+    before = garbage_tree(tmp_path)
+    line = garbage_refused(capfd, monkeypatch, [
+        "finetune.py", "--dataset", dataset, "--init", path, "--data-dir", garbage_data, "--smoke",
+        "--out", tmp_path / "out"])
+    assert said in line and ("weights" in line or "tokenizer" in line)
+    assert garbage_tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("change", [
+    {"roberta.encoder.layer.0.attention.self.key.weight": (48, 7)},
+    {"roberta.encoder.layer.0.attention.self.key.bias": ()},
+    {"roberta.embeddings.word_embeddings.weight": (5,)},
+    {"roberta.embeddings.position_embeddings.weight": ()}])
+def test_published_text_weights_of_odd_shapes_are_refused(tmp_path, change):
+    folder = text_hub_folder(tmp_path, lambda tensors: tensors.update(
+        {name: torch.zeros(shape) for name, shape in change.items()}))
+    with pytest.raises(BadInput):
+        mlm.MLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("change", [
+    {"vit.embeddings.patch_embeddings.projection.weight": (5,)},
+    {"vit.embeddings.position_embeddings": ()}, {"vit.encoder.layer.0.intermediate.dense.bias": ()},
+    {"vit.encoder.layer.0.attention.attention.query.weight": (3, 3)}])
+def test_published_image_weights_of_odd_shapes_are_refused(tmp_path, change):
+    tensors = load_file("golden/vit_mae.safetensors")
+    tensors |= {name: torch.zeros(shape) for name, shape in change.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    for config in (None, "golden/vit_mae.config.json"):
+        if config:
+            shutil.copy(config, tmp_path / "config.json")
+        with pytest.raises(BadInput):
+            mae.MAE.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "a NaN", "a large width", "a pickle"])
+def test_wrong_weights_end_a_real_program(tmp_path, garbage_data, damage):
+    path = tmp_path / "weights.safetensors"
+    shutil.copy(ROOT / "weights" / "tiny-mae.safetensors", path)
+    GARBAGE_WEIGHTS[damage][0](path)
+    done = program("distill.py", "--init", str(path), "--data-dir", str(garbage_data), "--out",
+                   str(tmp_path / "out"))
+    assert done.returncode == 2 and not done.stdout and len(done.stderr.splitlines()) == 1
+    assert GARBAGE_WEIGHTS[damage][1] in done.stderr and serve_only(tmp_path) == [path.name]
+
+
+# ----------------------------------------------------------------------------- data
+
+
+def garbage_pictures(root: Path, **counts: int) -> None:
+    """A good set of pictures, all different; a count such as train_b=0 leaves only the folder."""
+    first = 0
+    for name in ("train_a", "train_b", "test_a", "test_b"):
+        data_pictures(root / name.replace("_", "/"), counts.get(name, 4), first)
+        first += 20
+
+
+def garbage_texts(root: Path, **lines: object) -> None:
+    """A good set of texts; train=…, test=… are further lines at the ends of the files."""
+    for split, count in (("train", 9), ("test", 4)):
+        rows = [json.dumps({"text": f"{split} text {i}", "label": "ab"[i % 2]}) + "\n"
+                for i in range(count)]
+        more = lines.get(split, b"")
+        root.mkdir(exist_ok=True)
+        (root / f"{split}.jsonl").write_bytes("".join(rows).encode() + (
+            more if isinstance(more, bytes) else json.dumps(more).encode()))
+
+
+def garbage_file(content: object, name: str = "train/b/bad.png") -> object:
+    """A good set of pictures with one more file, of the content or made by it."""
+    def build(root: Path) -> None:
+        garbage_pictures(root)
+        path = root / name
+        path.write_bytes(content) if isinstance(content, bytes) else content(path)
+    return build
+
+
+def garbage_cut(path: Path) -> None:
+    """The first half of a picture."""
+    draws = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(draws).save(path)
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+def garbage_words(**lines: object) -> object:
+    return lambda root: garbage_texts(root, **lines)
+
+
+GARBAGE_LINE = "train.jsonl, line 10: "
+GARBAGE_ODD = "it's \"not\"\na naïve 鳥.png" if os.name != "nt" else "it's a naïve 鳥.png"
+GARBAGE_DATA = {  # how a data set is made: what the message has in it
+    "an empty class": (lambda root: garbage_pictures(root, train_b=0), "b holds no pictures"),
+    "an empty test class": (lambda root: garbage_pictures(root, test_b=0), "b holds no pictures"),
+    "one picture a class": (lambda root: [
+        data_pictures(root / name, 1, 9 * i) for i, name in enumerate("abc")], "add more, or"),
+    "one class": (lambda root: data_pictures(root / "a", 9), "has one class, 'a'"),
+    "an unknown test class": (lambda root: [
+        garbage_pictures(root), data_pictures(root / "test" / "c", 1)], "test has c, which"),
+    "pictures beside classes": (lambda root: [
+        garbage_pictures(root), data_pictures(root / "train", 1)], "beside folders"),
+    "no pictures": (lambda root: root.mkdir(), "holds no pictures"),
+    "test alone": (lambda root: data_pictures(root / "test" / "a", 1), "none called train"),
+    "a picture of 0 bytes": (garbage_file(b""), "bad.png cannot be read"),
+    "a truncated PNG": (garbage_file(garbage_cut), "bad.png cannot be read"),
+    "a truncated JPEG": (garbage_file(garbage_cut, "test/a/bad.jpg"), "bad.jpg cannot be read"),
+    "a truncated TIFF": (garbage_file(garbage_cut, "test/a/bad.tif"), "bad.tif cannot be read"),
+    "a text for a picture": (garbage_file(b"no picture"), "bad.png cannot be read"),
+    "a bomb of 100 megapixels": (garbage_file(
+        lambda path: Image.new("1", (10_000, 10_000)).save(path)), "bomb"),
+    "a bomb of 400 megapixels": (garbage_file(
+        lambda path: Image.new("1", (20_000, 20_000)).save(path)), "bomb"),
+    "a folder for a picture": (garbage_file(Path.mkdir), "bad.png cannot be read"),
+    "a bad picture of an odd name": (garbage_file(b"", f"train/a/{GARBAGE_ODD}"), "naïve 鳥.png"),
+    "a line that is cut": (garbage_words(train=b'{"text": "a", "la'), GARBAGE_LINE + "not JSON"),
+    "a line of noise": (garbage_words(train=b"\x01\x02\x03"), GARBAGE_LINE + "not JSON"),
+    "a NUL in a text": (garbage_words(train=b'{"text": "a\0b"}'), GARBAGE_LINE + "not JSON"),
+    "a number of 5000 digits": (garbage_words(train=b"9" * 5000), GARBAGE_LINE),
+    "brackets nested deeply": (garbage_words(train=b"[" * 200_000), GARBAGE_LINE + "not JSON"),
+    "a list for an object": (garbage_words(train=["a", "b"]), GARBAGE_LINE + 'no "text"'),
+    "no text": (garbage_words(train={"label": "a"}), GARBAGE_LINE + 'no "text"'),
+    "an empty text": (garbage_words(train={"text": "", "label": "a"}), GARBAGE_LINE + "no"),
+    "a text of blanks": (garbage_words(train={"text": " \t\n", "label": "a"}), GARBAGE_LINE),
+    "an invisible text": (garbage_words(train={"text": "\u200b", "label": "a"}), GARBAGE_LINE),
+    "a text that is a number": (garbage_words(train={"text": 5, "label": "a"}), GARBAGE_LINE),
+    "a label that is a number": (garbage_words(train={"text": "a", "label": 1}), "but must be a"),
+    "a label that is a list": (garbage_words(train={"text": "a", "label": ["a"]}), GARBAGE_LINE),
+    "a label that is true": (garbage_words(train={"text": "a", "label": True}), GARBAGE_LINE),
+    "a line without its label": (garbage_words(train={"text": "a"}), "some have none"),
+    "Latin-1": (garbage_words(train="é".encode("latin-1")), "not UTF-8"),
+    "UTF-16": (lambda root: [garbage_texts(root), (root / "train.jsonl").write_bytes(
+        '{"text": "a"}\n'.encode("utf-16"))], "train.jsonl is not UTF-8"),
+    "an unknown test label": (garbage_words(test={"text": "a", "label": "c"}), "the label 'c'"),
+    "a bad test line": (garbage_words(test=b"{"), "test.jsonl, line 5: not JSON"),
+    "an empty file": (lambda root: [root.mkdir(), (root / "train.jsonl").touch()], "no texts"),
+    "one text a label": (lambda root: text_jsonl(root / "train.jsonl", [
+        {"text": name, "label": name} for name in "abc"]), "too few texts of each label"),
+    "one label": (lambda root: text_jsonl(root / "train.jsonl", [
+        {"text": f"text {i}", "label": "a"} for i in range(20)]), "has one class, 'a'"),
+    "labels in one split": (lambda root: [garbage_texts(root), text_jsonl(
+        root / "test.jsonl", [{"text": "a"}])], "only one has labels"),
+    "no training file": (lambda root: [garbage_texts(root), (root / "train.jsonl").rename(
+        root / "dev.jsonl")], "no texts at")}
+
+
+@pytest.mark.parametrize("damage", GARBAGE_DATA)
+def test_data_that_are_wrong_are_refused(damage, tmp_path, capfd, monkeypatch):
+    build, said = GARBAGE_DATA[damage]
+    build(tmp_path / "my set")
+    line = garbage_refused(capfd, monkeypatch, [
+        "finetune.py", "--dataset", tmp_path / "my set", "--init", "tiny", "--smoke", "--data-dir",
+        tmp_path / "data", "--out", tmp_path / "out"])
+    assert said in line and "my set" in line
+    assert not (tmp_path / "out").exists()
+    made = garbage_tree(tmp_path / "data")  # a good training split may have been kept
+    assert all(name.endswith(".safetensors") for name in made)
+
+
+@pytest.mark.parametrize("damage", ["a truncated PNG", "a bad picture of an odd name",
+                                    "a bomb of 100 megapixels", "Latin-1"])
+def test_wrong_data_end_a_real_program(tmp_path, damage):
+    build, said = GARBAGE_DATA[damage]
+    build(tmp_path / "my set")
+    done = program("distill.py", "--dataset", str(tmp_path / "my set"), "--init", "tiny",
+                   "--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "out"))
+    assert done.returncode == 2 and not done.stdout and len(done.stderr.splitlines()) == 1
+    assert said in done.stderr and not (tmp_path / "out").exists()
+
+
+def garbage_taken(monkeypatch, capfd, root: Path, out: Path) -> str:
+    """Fine-tune on a set for a few steps; what was shown on standard output."""
+    monkeypatch.setattr(sys, "argv", [
+        "finetune.py", "--dataset", str(root), "--init", "tiny", "--smoke", "--data-dir",
+        str(out.parent / "data"), "--out", str(out), "--finetune-batch-size", "4"])
+    finetune.main()
+    return capfd.readouterr().out
+
+
+def test_odd_names_are_taken_as_they_are(tmp_path, monkeypatch, capfd):
+    root = tmp_path / "it's \"my\" naïve\n鳥 set"
+    names = DATA_ODD + ["new\nline", "tab\there", os.fsdecode(b"any \xff bytes")]
+    if os.name == "nt":
+        root, names = tmp_path / "it's my naïve 鳥 set", DATA_ODD
+    for split in ("train", "test"):
+        for i, name in enumerate(names):
+            data_pictures(root / split / name, 2, 20 * i + 9 * (split == "test"))
+            (root / split / name / f"{20 * i + 9 * (split == 'test')}.png").rename(
+                root / split / name / f"{name}.png")
+    sys.stdout.reconfigure(errors="backslashreplace")  # as `run.program` does
+    garbage_taken(monkeypatch, capfd, root, tmp_path / "out")
+    path = tmp_path / "out" / "finetuned-fine-tuning.safetensors"
+    assert fetch.read_weights(path)[1]["classes"] == sorted(names)
+    garbage_texts(tmp_path / "ein \"Satz\" 鳥")
+    garbage_taken(monkeypatch, capfd, tmp_path / "ein \"Satz\" 鳥", tmp_path / "again")
+
+
+def test_duplicates_and_long_texts_are_counted_and_told(tmp_path, monkeypatch, capfd):
+    garbage_pictures(tmp_path / "pictures")
+    for i in range(3):
+        shutil.copy(tmp_path / "pictures" / "train" / "a" / f"{i}.png",
+                    tmp_path / "pictures" / "test" / "b" / f"again {i}.png")
+    shown = garbage_taken(monkeypatch, capfd, tmp_path / "pictures", tmp_path / "out")
+    assert "NOTE: also among the training pictures: 3 of 11 test pictures" in shown
+    record = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "3 of 11 test pictures" in record["facts"]["source"]
+    garbage_texts(tmp_path / "texts", train=json.dumps(
+        {"text": "word " * 999, "label": "a"}).encode(), test=json.dumps(
+        {"text": "train text 3", "label": "a"}).encode())
+    for out in ("one", "two"):  # from the files and from the cache
+        shown = garbage_taken(monkeypatch, capfd, tmp_path / "texts", tmp_path / out)
+        assert "NOTE: also among the training texts: 1 of 5 test texts" in shown
+        assert "NOTE: longer than 128 tokens and cut: 1 of 10 train texts" in shown
+    garbage_texts(tmp_path / "clean")
+    assert "NOTE" not in garbage_taken(monkeypatch, capfd, tmp_path / "clean", tmp_path / "three")
+
+
+def test_a_text_of_which_a_tokenizer_leaves_nothing_is_refused(tmp_path):
+    tokenizer = text_tokenizer()
+    tokenizer.normalizer = normalizers.Replace("9", "")
+    garbage_texts(tmp_path / "set", test={"text": "999", "label": "a"})
+    with pytest.raises(BadInput, match=r"\(test\).*text 5, '999': remove it"):
+        texts.load(str(tmp_path / "set"), tmp_path, tokenizer, 20)
+
+
+@pytest.mark.parametrize("kind", ["pictures", "texts"])
+def test_a_damaged_cache_is_made_anew(kind, tmp_path):
+    {"pictures": garbage_pictures, "texts": garbage_texts}[kind](tmp_path / "set")
+
+    def load() -> fetch.Data:
+        if kind == "pictures":
+            return images.load(str(tmp_path / "set"), tmp_path, 8)
+        return texts.load(str(tmp_path / "set"), tmp_path, text_tokenizer(), 20)
+
+    first = load()
+    for damage in (b"", b"noise" * 99):
+        for path in (tmp_path / "cache").iterdir():
+            path.unlink()  # the old one is still mapped
+            path.write_bytes(damage)
+        again = load()
+        every = torch.arange(len(first.train))
+        assert torch.equal(first.train[every], again.train[every])
+        assert first.fingerprint == again.fingerprint
+
+
+# ----------------------------------------------------------------------------- predictions
+
+
+@pytest.fixture(scope="session")
+def garbage_classifiers(tmp_path_factory):
+    """A folder with the classifiers of a run on pictures and of one on texts."""
+    root = tmp_path_factory.mktemp("classifiers")
+    garbage_pictures(root / "pictures")
+    garbage_texts(root / "texts")
+    for kind in ("pictures", "texts"):
+        done = program("finetune.py", "--dataset", str(root / kind), "--init", "tiny", "--smoke",
+                       "--data-dir", str(root / "data"), "--out", str(root / f"{kind}-run"),
+                       "--finetune-lr", "0.003")
+        assert done.returncode == 0, done.stderr
+    return root
+
+
+def garbage_classifier(root: Path, kind: str, to: Path) -> Path:
+    """A copy of a run's classifier and, for texts, of its tokenizer."""
+    to.mkdir(exist_ok=True)
+    for path in (root / f"{kind}-run").iterdir():
+        if path.name in ("finetuned-fine-tuning.safetensors", "tokenizer.json"):
+            shutil.copy(path, to)
+    return to / "finetuned-fine-tuning.safetensors"
+
+
+@pytest.mark.parametrize("kind", ["pictures", "texts"])
+def test_predictions_are_the_classifiers(kind, garbage_classifiers, tmp_path):
+    """Against a classifier that is put together by hand here and sees one input at a time."""
+    path = garbage_classifier(garbage_classifiers, kind, tmp_path / "run")
+    module = {"pictures": mae, "texts": mlm}[kind]
+    model = getattr(module, {"pictures": "MAE", "texts": "MLM"}[kind]).from_pretrained("tiny")
+    classifier = finetune.Classifier(model.encoder, 2)
+    classifier.load_state_dict(load_file(path))
+    classifier.eval()
+    if kind == "pictures":
+        mine = tmp_path / "mine"
+        names = ["a b.png", "deeper/naïve 鳥.png"] + ['q"uo,te\n.png'] * (os.name != "nt")
+        for i, name in enumerate(sorted(names)):
+            data_pictures(mine / "x", 1, 40 * i)
+            (mine / name).parent.mkdir(exist_ok=True)
+            (mine / "x" / f"{40 * i}.png").rename(mine / name)
+        inputs = [images.normalise(torch.from_numpy(images.decode(mine / name, 40)))
+                  for name in sorted(names)]
+    else:
+        mine = tmp_path / "mine.txt"
+        names = ["train text 1", 'one, "two"', "drei – 鳥"]
+        mine.write_text(f"{names[0]}\n\n{names[1]}\n  \n{names[2]}", encoding="utf-8")
+        encode = model.tokenizer.encode
+        inputs = [torch.tensor([0, *encode(name, add_special_tokens=False).ids, 2])
+                  for name in names]
+    done = program("finetune.py", "--init", str(path), "--predict", str(mine))
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    target = path.with_name("predictions-mine.csv")
+    assert done.stdout == f"wrote {target}\n"
+    with open(target, encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["file" if kind == "pictures" else "text", "class", "a", "b"]
+    assert [row[0] for row in rows] == (sorted(names) if kind == "pictures" else names)
+    for x, (_, found, *chances) in zip(inputs, rows, strict=True):
+        with torch.no_grad():
+            expected = classifier(x[None]).softmax(1)[0].tolist()
+        # a batch adds in another order, and six decimals are written
+        assert [float(chance) for chance in chances] == pytest.approx(expected, abs=2e-6)
+        assert found == "ab"[int(expected[1] > expected[0])]
+
+
+GARBAGE_PREDICT = {  # the classifier's kind, what is done to it, what is read, the message
+    "no classifier": ("pictures", lambda path: shutil.copy(
+        ROOT / "weights/tiny-mae.safetensors", path), "pictures", "holds no classifier"),
+    "no such path": ("pictures", None, "nowhere", "there is no"),
+    "an empty folder": ("pictures", None, "empty", "holds no pictures"),
+    "texts for pictures": ("pictures", None, "texts/train.jsonl", "cannot be read as a picture"),
+    "pictures for texts": ("texts", None, "pictures", "is no file of them"),
+    "an empty text": ("texts", None, "empty.txt", "holds no texts"),
+    "a picture for a text": ("texts", None, "pictures/train/a/0.png", "not UTF-8"),
+    "no tokenizer": ("texts", lambda path: path.with_name("tokenizer.json").unlink(),
+                     "texts/train.jsonl", "tokenizer.json"),
+    "a broken picture": ("pictures", None, "broken", "cannot be read as a picture"),
+    "a NaN": ("pictures", lambda path: garbage_change(
+        path, garbage_tensor(lambda t: t * torch.nan)), "pictures", "holds NaN"),
+    "no classes": ("pictures", lambda path: garbage_change(path, classes="left out"), "pictures",
+                   "holds no classifier"),
+    "a class too many": ("pictures", lambda path: garbage_change(path, classes=list("abc")),
+                         "pictures", "expected [3"),
+    "classes that are numbers": ("texts", lambda path: garbage_change(path, classes=[1, 2]),
+                                 "texts/train.jsonl", "holds no classifier"),
+    "no width": ("texts", lambda path: garbage_change(path, width="left out"), "texts/train.jsonl",
+                 "width"),
+    "truncated": ("texts", lambda path: path.write_bytes(path.read_bytes()[:-9]),
+                  "texts/train.jsonl", "not a readable safetensors")}
+
+
+@pytest.mark.parametrize("case", GARBAGE_PREDICT)
+def test_predictions_that_cannot_be_made_are_refused(case, garbage_classifiers, tmp_path, capfd,
+                                                     monkeypatch):
+    kind, spoil, read, said = GARBAGE_PREDICT[case]
+    root = tmp_path / "root"
+    shutil.copytree(garbage_classifiers, root)
+    (root / "empty").mkdir()
+    (root / "empty.txt").write_text(" \n\n")
+    (root / "broken").mkdir()
+    (root / "broken" / "x.png").write_bytes(b"")
+    path = garbage_classifier(root, kind, root / "copy")
+    if spoil:
+        spoil(path)
+    before = garbage_tree(root)
+    assert said in garbage_refused(capfd, monkeypatch, [
+        "finetune.py", "--init", path, "--predict", root / read])
+    assert garbage_tree(root) == before
 
 
 # ============================================================================= experiments/bench.py

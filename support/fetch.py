@@ -19,8 +19,8 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
@@ -40,6 +40,12 @@ def nearest(word: str, words: Iterable[str]) -> str:
     """What a misspelt word may have meant, as part of a message; "" where none is near."""
     found = difflib.get_close_matches(word, words, 1)
     return f" (did you mean {found[0]}?)" if found else ""
+
+
+def warn(message: str) -> str:
+    """Tell the user something about the data; returns it as the end of a data set's note."""
+    print(f"NOTE: {message}", flush=True)
+    return f"; {message}"
 
 
 @contextlib.contextmanager
@@ -87,9 +93,45 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
         raise BadInput(f"{path} is not a readable safetensors file ({error})") from error
     beside = path.with_name(f"{path.stem}.config.json")
     beside = beside if beside.exists() else path.with_name("config.json")
-    if "config" in metadata:
-        return tensors, json.loads(metadata["config"])
-    return tensors, json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
+    where = f"the metadata of {path}" if "config" in metadata else beside
+    try:
+        if "config" in metadata:
+            config = json.loads(metadata["config"])
+        else:
+            config = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{where} is not JSON ({_brief(error)})") from error
+    if not isinstance(config, dict):
+        raise BadInput(f"{where} is no configuration: it must be names with values")
+    return tensors, config
+
+
+def blank(model: Callable[[object], torch.nn.Module], sizes: Callable[[], object],
+          tensors: dict[str, torch.Tensor], path: Path) -> torch.nn.Module:
+    """model(sizes()) without memory: a model as a file, which may be wrong, describes itself.
+
+    sizes returns the model's configuration, a dataclass. Raises BadInput where no model with such
+    tensors can have it.
+    """
+    most = max((tensor.numel() for tensor in tensors.values()), default=0)  # no side is longer
+    try:
+        config = sizes()
+        for item in fields(config):
+            value = getattr(config, item.name)
+            kinds, high = ((int, float), 0.999) if item.type is float else ((int,), most)
+            low = 0 if item.type is float or item.name.endswith(("_id", "_ids")) else 1
+            for part in value if isinstance(value, tuple) else (value,):
+                if type(part) not in kinds or not low <= part <= high:
+                    raise BadInput(f"{path} cannot be what it says it is: {item.name} is {part!r}")
+        if max(value for name, value in vars(config).items() if "depth" in name) > len(tensors):
+            raise BadInput(f"{path} has fewer tensors than the layers that it says it has")
+        with torch.device("meta"):
+            return model(config)
+    except BadInput:
+        raise
+    except Exception as error:  # there are as many kinds as ways to be wrong
+        raise BadInput(f"{path} cannot be what it says it is ({type(error).__name__}: "
+                       f"{_brief(error)})") from error
 
 
 def save_weights(tensors: dict[str, torch.Tensor], config: dict, path: Path,
@@ -97,7 +139,9 @@ def save_weights(tensors: dict[str, torch.Tensor], config: dict, path: Path,
     """Write tensors with their configuration and lineage as metadata, whole or not at all."""
     with whole(path) as part:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-                  part, metadata={"config": json.dumps(config), **lineage})
+                  part, metadata={"config": json.dumps(config)} | {
+                      name: value.encode(errors="backslashreplace").decode()  # names of any bytes
+                      for name, value in lineage.items()})
 
 
 def translate(tensors: dict[str, torch.Tensor], table: dict[str, str | tuple[str, ...]],
@@ -114,10 +158,21 @@ def translate(tensors: dict[str, torch.Tensor], table: dict[str, str | tuple[str
                 if name not in tensors]
     problems += [f"unexpected {name} {list(tensors[name].shape)}" for name in tensors
                  if name not in known]
-    found = {ours: torch.cat([tensors[name] for name in names])
-             for ours, names in theirs.items() if all(name in tensors for name in names)}
-    problems += [f"{ours} is {list(found[ours].shape)}, expected {list(wanted[ours].shape)}"
-                 for ours in found if found[ours].shape != wanted[ours].shape]
+    found = {}
+    for ours, names in theirs.items():
+        if all(name in tensors for name in names):
+            parts = [tensors[name] for name in names]
+            try:
+                found[ours] = torch.cat(parts) if len(parts) > 1 else parts[0]
+            except RuntimeError:
+                problems.append(f"{', '.join(names)} have shapes that do not fit together")
+    for ours, tensor in found.items():
+        if tensor.shape != wanted[ours].shape:
+            problems.append(f"{ours} is {list(tensor.shape)}, expected {list(wanted[ours].shape)}")
+        elif not tensor.is_floating_point():
+            problems.append(f"{ours} holds {tensor.dtype}, expected floating-point numbers")
+        elif not tensor.float().isfinite().all():
+            problems.append(f"{ours} holds NaN or infinite numbers")
     if problems:
         raise BadInput(f"the weights do not fit: {'; '.join(problems)}")
     return found

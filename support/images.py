@@ -5,6 +5,7 @@ Letters: N images, S side in pixels.
 import colorsys
 import hashlib
 import os
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -240,7 +241,9 @@ def _decode_all(items: Items, side: int, title: str) -> tuple[torch.Tensor, torc
     def fill(index: int) -> None:
         rows[index] = decode(items[index][0], side)
 
-    with ThreadPoolExecutor() as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+        warnings.simplefilter("ignore")  # of odd metadata
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
         done = pool.map(fill, range(len(items)))
         for _ in tqdm(done, total=len(items), desc=title, unit="picture", disable=None):
             pass
@@ -268,7 +271,8 @@ def _cached(title: str, key: object, make: Callable[[], tuple[torch.Tensor, torc
     paths = [folder / f"{title}-{key[:16]}.safetensors" for folder in folders]
     for path in paths:
         if path.exists():
-            return _mapped(path)
+            with suppress(BadInput, KeyError):  # a damaged one is made anew
+                return _mapped(path)
     pixels, labels = make()
     tensors = {"pixels": pixels} if labels is None else {"pixels": pixels, "labels": labels}
     content = hashlib.sha256(pixels.numpy())
@@ -387,6 +391,10 @@ def _by_class(folder: Path) -> dict[str, list[Path]]:
     if "" in found and len(found) > 1:
         raise BadInput(f"{folder} holds pictures ({found[''][0].name}) beside folders of pictures: "
                        "have all in folders, one a class, or none")
+    for path in sorted(folder.iterdir()) if found and "" not in found else ():
+        if path.is_dir() and path.name not in found and not path.name.startswith("."):
+            raise BadInput(f"{path} holds no pictures ({' '.join(SUFFIXES)}): a class needs some, "
+                           "so add them or remove the folder")
     return dict(sorted(found.items()))
 
 
@@ -409,10 +417,22 @@ def _own(root: Path) -> tuple[list[str], Items, Items, str]:
             paths = sorted(paths, key=fetch.digest)
             count = max(1, round(len(paths) / 5)) if len(paths) > 1 else 0
             test[name], train[name] = paths[:count], paths[count:]
+        if not any(test.values()):
+            raise BadInput(f"{root} has one picture a class, so that none can be held out: add "
+                           "more, or a folder test")
     classes = [name for name in train if name]
     train, test = ([(path, classes.index(name) if name else None) for name in part
                     for path in part[name]] for part in (train, test))
     return classes, train, test, note
+
+
+def _shared(train: Items, test: Items) -> int:
+    """How many test pictures have the very bytes of a training picture."""
+    sizes = {source.stat().st_size for source, _ in train}  # few files need to be read
+    alike = [source for source, _ in test if source.stat().st_size in sizes]
+    sizes = {source.stat().st_size for source in alike}
+    known = {fetch.digest(source) for source, _ in train if source.stat().st_size in sizes}
+    return sum(fetch.digest(source) in known for source in alike)
 
 
 def load(name: str, data_dir: str | Path, side: int) -> Data:
@@ -451,9 +471,22 @@ def load(name: str, data_dir: str | Path, side: int) -> Data:
                          partial(_decode_all, items, side, f"{root.name} {split}"), data_dir)
                  if items else (None, None, "")
                  for split, items in (("train", train), ("test", test))]
+        if name != "cifar100" and (shared := _shared(train, test)):
+            note += fetch.warn(f"also among the training pictures: {shared} of {len(test)} test "
+                               "pictures")
     (train, train_labels, first), (test, test_labels, second) = parts
     return Data(name, train, train_labels, test, test_labels, classes, "accuracy", note=note,
                 fingerprint=hashlib.sha256((first + second).encode()).hexdigest())
+
+
+def plain(path: str | Path, side: int) -> tuple[list[str], torch.Tensor]:
+    """Names and pixels uint8 [N, 3, side, side] of a folder's pictures, or of one; no labels."""
+    path = Path(path)
+    found = [path] if path.is_file() else _pictures(path)
+    if not found:
+        raise BadInput(f"{path} holds no pictures ({' '.join(SUFFIXES)})")
+    names = [file.name if file == path else file.relative_to(path).as_posix() for file in found]
+    return names, _decode_all([(file, None) for file in found], side, "pictures")[0]
 
 
 # ----------------------------------------------------------------------------- contact sheets

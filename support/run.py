@@ -166,6 +166,11 @@ class Config:
     r3f_weight: float = _flag(
         1.0, "R3F: weight of the symmetric KL term (its default 1); more smooths more", _TUNE)
 
+    predict: str | None = _flag(
+        None, "do not train: write the classes and probabilities that the classifier of --init (a "
+        "run's finetuned-….safetensors) gives a folder of pictures, or the texts of a .txt (one a "
+        "line) or .jsonl file, as a .csv into --out, default the classifier's folder", "finetune")
+
     match: str = _flag(
         "hidden", "what the distillation term compares: hidden states at all positions (the "
         "paper), the class token's alone (released code), predictions, or weights by l2 or MARS "
@@ -268,6 +273,9 @@ def _idle(program: str, config: Config) -> dict[str, str]:
         for method in ("recadam", "mars", "r3f"):
             idle |= {item.name: f"without --method {method}" for item in fields(Config)
                      if item.name.startswith(f"{method}_") and config.method != method}
+    if config.predict:
+        idle |= {item.name: "with --predict" for item in fields(Config)
+                 if item.name not in ("predict", "init", "out", "device", "precision")}
     if not config.rounds:
         idle |= dict.fromkeys(("match", "mae_weight"), "with --rounds 0")
     if config.modality == "text":
@@ -562,9 +570,13 @@ def load_data(config: Config, model: torch.nn.Module) -> fetch.Data:
 def check_sizes(program: str, config: Config, data: fetch.Data) -> None:
     """Refuse settings that the data leave without effect or sense (`BadInput`); before `fill`."""
     for name in ("batch_size", "finetune_batch_size"):
-        if (getattr(config, name) or 0) > len(data.train):
-            raise fetch.BadInput(f"{_flag_name(name)} is {getattr(config, name)}, but there are "
-                                 f"{len(data.train)} training examples: use at most as many")
+        value = getattr(config, name) or 0
+        if value > len(data.train) and not (config.smoke and value == SMOKE[name]):
+            raise fetch.BadInput(f"{_flag_name(name)} is {value}, but there are {len(data.train)} "
+                                 "training examples: use at most as many")
+    if len(data.classes) == 1:
+        raise fetch.BadInput(f"{config.dataset} has one class, {data.classes[0]!r}: have two or "
+                             "more, or none (no folders, no labels) to pre-train alone")
     if data.train_labels is None or data.test_labels is None:
         if program != "distill":
             raise fetch.BadInput(f"{config.dataset} has no labels to fine-tune on: distill.py "

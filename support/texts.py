@@ -14,6 +14,7 @@ import re
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -80,27 +81,44 @@ def load(name: str, data_dir: str | Path, tokenizer: Tokenizer | None, max_lengt
     # this file's own text is part of the key: a changed reader must not meet an old cache
     key = digest(fingerprint, str(files[0]), tokenizer.to_str(), str(max_length),
                  Path(__file__).read_bytes())
-    path = cache_folder(data_dir) / f"{Path(name).stem}-{key[:16]}.safetensors"
-    if not path.exists():
+    path = cache_folder(data_dir) / f"{Path(name).stem[:50]}-{key[:16]}.safetensors"
+    tensors, stored = {}, {}
+    with suppress(BadInput):  # there is none, or it is damaged
+        tensors, stored = fetch.read_weights(path)
+    if not stored:
         train, test, classes, note = read(files)
         tensors, truncated = {}, {}
         for split, rows in (("train", train), ("test", test)):
             words = [text for text, _ in rows]
             ids, offsets, truncated[split] = tokenise(words, tokenizer, max_length)
+            if empty := [i for i, length in enumerate(offsets.diff().tolist()) if length == 2]:
+                raise BadInput(f"{name} ({split}): the tokenizer finds nothing in text "
+                               f"{empty[0] + 1}, {words[empty[0]]!r}: remove it")
             tensors |= {f"{split}.ids": ids, f"{split}.offsets": offsets}
             if classes and rows:
                 labels = [label for _, label in rows]
                 tensors[f"{split}.labels"] = label_ids(labels, classes, f"{name} ({split})")
-        stored = {"classes": classes, "note": note, "truncated": truncated}
+        known = {text for text, _ in train}
+        stored = {"classes": classes, "note": note, "truncated": truncated,
+                  "shared": sum(text in known for text, _ in test)}
         fetch.save_weights(tensors, stored, path)
-    tensors, stored = fetch.read_weights(path)
+        tensors, stored = fetch.read_weights(path)
+    note, counts = stored["note"], {split: len(tensors[f"{split}.offsets"]) - 1
+                                    for split in ("train", "test")}
+    if stored["shared"]:
+        note += fetch.warn(f"also among the training texts: {stored['shared']} of "
+                           f"{counts['test']} test texts")
+    for split, cut in stored["truncated"].items():
+        if cut:
+            note += fetch.warn(f"longer than {max_length} tokens and cut: {cut} of "
+                               f"{counts[split]} {split} texts")
     pad_id = tokenizer.token_to_id("<pad>")
     train, test = (Texts(tensors[f"{split}.ids"], tensors[f"{split}.offsets"], pad_id,
                          stored["truncated"][split]) for split in ("train", "test"))
     return Data(name=name, train=train, train_labels=tensors.get("train.labels"),
                 test=test if len(test) else None, test_labels=tensors.get("test.labels"),
                 classes=stored["classes"], metric="micro_f1" if name == "chemprot" else "macro_f1",
-                fingerprint=fingerprint, note=stored["note"])
+                fingerprint=fingerprint, note=note)
 
 
 def sources(name: str, data_dir: str | Path) -> tuple[list[Path], Callable[[list[Path]], Split]]:
@@ -136,6 +154,21 @@ def tokenise(rows: list[str], tokenizer: Tokenizer, max_length: int) -> tuple[Te
     return torch.tensor(ids, dtype=torch.int32), offsets, sum(len(text) > room for text in found)
 
 
+def plain(path: str | Path, tokenizer: Tokenizer, max_length: int) -> tuple[list[str], Texts]:
+    """The texts of a .jsonl file, or of any other with one a line; labels are not read."""
+    path = Path(path)
+    if path.suffix == ".jsonl":
+        found = [text for text, _ in jsonl_rows(path)]
+    else:
+        found = [line for line in read_lines(path) if line.strip()]
+    if not found:
+        raise BadInput(f"{path} holds no texts")
+    ids, offsets, cut = tokenise(found, tokenizer, max_length)
+    if cut:
+        fetch.warn(f"longer than {max_length} tokens and cut: {cut} of {len(found)} texts")
+    return found, Texts(ids, offsets, tokenizer.token_to_id("<pad>"))
+
+
 def label_ids(labels: list[str], classes: list[str], where: str) -> Tensor:
     unseen = sorted(set(labels) - set(classes))
     if unseen:
@@ -162,7 +195,8 @@ def digest(*parts: str | bytes) -> str:
     """One hex digest of several strings; lengths keep ("ab", "c") and ("a", "bc") apart."""
     total = hashlib.sha256()
     for part in parts:
-        part = part.encode() if isinstance(part, str) else part
+        # a file name may be any bytes, which Python has as half surrogate pairs
+        part = part.encode(errors="surrogatepass") if isinstance(part, str) else part
         total.update(len(part).to_bytes(8, "little") + part)
     return total.hexdigest()
 
@@ -191,10 +225,10 @@ def jsonl_rows(path: Path) -> Rows:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadInput(f"{path}, line {number}: not JSON ({error})") from error
         text, label = (row.get("text"), row.get("label")) if isinstance(row, dict) else (None, None)
-        if not isinstance(text, str) or not text.strip():
+        if not isinstance(text, str) or not text.strip() or not any(map(str.isprintable, text)):
             raise BadInput(f'{path}, line {number}: no "text" with words in it')
         if not isinstance(label, str | None):
             raise BadInput(f'{path}, line {number}: "label" is {label!r}, but must be a string')
@@ -219,6 +253,9 @@ def read_jsonl(files: list[Path]) -> Split:
     elif train[0][1] is not None:
         train, test = divide(train, 0.8)
         note = f"from {source}, divided 80 : 20"
+        if not test:
+            raise BadInput(f"{source} has too few texts of each label to hold a fifth out: add "
+                           "more, or a test.jsonl beside a train.jsonl")
     if "dev" in named:
         note += f"; its {len(jsonl_rows(named['dev']))} development texts are not used"
     return train, test, sorted({label for _, label in train if label is not None}), note
