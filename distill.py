@@ -112,7 +112,7 @@ def pretrain(student: nn.Module, teacher: nn.Module | None, inputs: object, conf
     """Lines 4-16 for round t, in place; t = 0 has no teacher: equation 2, further pre-training."""
     where, name = run.device(config), "self-distillation" if teacher else "further pre-training"
     student.to(where).train()
-    run.compiled(student.encoder, config)
+    run.compiled(student, config)
     model, optimiser = parallel.wrap(student), adamw(student, config)
     inputs, weight = run.place(inputs, where), config.mae_weight if teacher else 1.0
     of_states = teacher is not None and config.match in ("hidden", "cls")

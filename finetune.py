@@ -163,7 +163,7 @@ def train(classifier: Classifier, inputs: object, labels: Tensor, config: run.Co
     optimiser = make_optimiser(classifier, config)
     pairs = baselines.mars_pairs(encoder, encoder.state_dict()) if config.method == "mars" else []
     inputs = run.place(inputs, where)
-    run.compiled(encoder, config)
+    run.compiled(classifier, config)
     model = parallel.wrap(classifier.train())
     for step in this.stage(stage, 0, classifier, optimiser, config.finetune_steps,
                            config.finetune_lr, config.finetune_warmup, config):
@@ -178,7 +178,7 @@ def train(classifier: Classifier, inputs: object, labels: Tensor, config: run.Co
             noise = torch.randn(shape, generator=run.generator(config.seed, "noise", 0, step))
             # smaller than bf16's rounding of the input
             exact, noise = replace(config, precision="fp32"), noise.to(where) * config.r3f_eps
-        logged = collections.Counter(loss=0)
+        logged = collections.defaultdict(float)
         for part in parallel.parts(model, len(x), config.accumulate):
             with run.autocast(exact if config.method == "r3f" else config):
                 logits = model(x[part])  # [B, C]
@@ -309,7 +309,7 @@ def measure(rows: dict[str, tuple[nn.Module, str]], initial: nn.Module, data: fe
     """Fine-tune every row's model by its method and finish the run; returns results.json."""
     if this.folder and getattr(initial, "tokenizer", None):  # --predict reads it
         with fetch.whole(this.folder / "tokenizer.json") as part:
-            initial.tokenizer.save(str(part))
+            part.write_text(initial.tokenizer.to_str(pretty=True), encoding="utf-8")
     results = []
     for row, (model, method) in rows.items():
         own = replace(config, method=method)

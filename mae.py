@@ -167,12 +167,14 @@ class Block(nn.Module):
         self.fc2 = nn.Linear(mlp, width)
         self.dropout = dropout
 
-    def forward(self, x: Tensor, packing: Packing | None = None,
-                chosen: Tensor | None = None) -> Tensor:
-        x = x + self.dropout(self.attention(self.norm1(x), packing))
-        if chosen is not None:  # after the last attention, rows that nobody asks for can go
-            x = x[chosen]  # [M, D]
+    def attend(self, x: Tensor, packing: Packing | None = None) -> Tensor:
+        return x + self.dropout(self.attention(self.norm1(x), packing))
+
+    def transform(self, x: Tensor) -> Tensor:
         return x + self.dropout(self.fc2(F.gelu(self.fc1(self.norm2(x)))))
+
+    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
+        return self.transform(self.attend(x, packing))
 
 
 class Encoder(nn.Module):
@@ -246,7 +248,8 @@ class Decoder(nn.Module):
         wanted = F.pad(mask if masked_only else torch.ones_like(mask), (1, 0))  # [B, 1+K]
         for block in self.blocks[:-1]:
             x = block(x)
-        x = self.predict(self.norm(self.blocks[-1](x, chosen=wanted)))  # [M, P]
+        x = self.blocks[-1].attend(x)[wanted]  # [M, decoder width] from here each on its own
+        x = self.predict(self.norm(self.blocks[-1].transform(x)))  # [M, P]
         return x if masked_only else x.unflatten(0, mask.shape)  # [B, K, P]
 
 

@@ -115,8 +115,7 @@ class Encoder(nn.Module):
         place = attention.flatten().nonzero().squeeze(1)  # [N]
         order = (real.cumsum(1) * real).flatten()[place]  # [N], counts from 1
         # a few words' gradient added to the head's dense one, not a second [V, D] of zeros
-        sparse = tied and not torch.compiler.is_compiling()
-        word = F.embedding(ids.flatten()[place], self.word.weight, sparse=sparse)  # [N, D]
+        word = F.embedding(ids.flatten()[place], self.word.weight, sparse=tied)  # [N, D]
         if noise is not None:
             word = word.detach() + noise.flatten(0, 1)[place]  # [N, D]
         # RoBERTa's positions start behind the padding id
@@ -202,12 +201,13 @@ class MLM(nn.Module):
         """Line 10's ℓ¹_j [B] and, if `unmasked`, line 11's f_θ(x_j) [B, K, D], else None.
 
         One call, as torch's DistributedDataParallel wants it, and x̂ and x as one batch of 2B:
-        fewer, larger products.
+        fewer, larger products. Both go into one loss (the encoder's `tied`).
         """
         attention = ids != self.config.pad_id  # [B, K]
         if not unmasked:
             return self.loss(ids, mask, attention, corrupted), None
-        both = self.encoder(torch.cat([corrupted, ids]), attention.repeat(2, 1), tied=True)
+        both = torch.cat([corrupted, ids])  # [2B, K]
+        both = self.encoder(both, attention.repeat(2, 1), tied=True)  # [2B, K, D]
         masked, hidden = both.chunk(2)  # 2 of [B, K, D]
         return self.nll(masked, ids, mask), hidden
 
@@ -241,7 +241,7 @@ class MLM(nn.Module):
         config = {"model": "mlm", **asdict(self.config)}
         if self.tokenizer is not None:  # first, so that no weights ever lack theirs
             with fetch.whole(path.with_name("tokenizer.json")) as part:
-                self.tokenizer.save(str(part))
+                part.write_text(self.tokenizer.to_str(pretty=True), encoding="utf-8")
         fetch.save_weights(self.state_dict(), config, path, **lineage)
 
 

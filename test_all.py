@@ -542,7 +542,7 @@ def test_losses_fall():
     told = []
 
     class Listening(run.Run):
-        def log(self, **values):
+        def log(self, _, **values):
             told.append((self.name, {k: float(v) for k, v in values.items()}))
 
     distill.self_distill(model, pixels, settings(steps=40, batch_size=40), Listening())
@@ -1000,7 +1000,9 @@ def without_dropout(folder: Path) -> str:
     ("--dataset", "pydocs", "--method", "r3f")])
 def test_two_processes_are_one(words, tmp_path):
     """torchrun with gloo on a CPU: the same losses, scores and weights as one process, to 1e-5."""
-    words = ["distill.py", *words, "--smoke", "--steps", "12", "--device", "cpu"]
+    # small steps: Adam's division by √v enlarges rounding, most in the first ones
+    words = ["distill.py", *words, "--smoke", "--steps", "12", "--device", "cpu", "--lr", "1e-4",
+             "--finetune-lr", "1e-4"]
     if "pydocs" in words:
         words += ["--init", without_dropout(tmp_path)]
     (tmp_path / "a").mkdir()
@@ -4514,13 +4516,12 @@ def test_our_steps_do_little_more_than_the_formulas_say(bench, tmp_path, modalit
         case = replace(case, inputs=bench.bench.words(case.config, 8, 20))
     model = step.load(case)
     config = step.settings(case, model, 1, True, False)
-    batches = [step.drawn(case, stage, model, config, i) for i in range(2)]
-    needed, theirs = (sum(step.work(case, stage, batch)[i] for batch in (
-        batches if stage == "evaluation" else batches[:1])) for i in (1, 2))
+    batch = step.drawn(case, stage, model, config, 0)
+    needed, theirs = step.work(case, stage, batch)[1:]
     this = step.Timed(1, torch.device("cpu"))
     counted = bench_counted(lambda: step.carry_out(case, stage, this, 1, exact=True))
     if stage == "self-distillation":  # the teacher looks at the batch or, once, at all examples
-        counted -= bench_counted(lambda: model.encoder(batches[0]["x"]))
+        counted -= bench_counted(lambda: model.encoder(batch["x"]))
     assert needed <= counted <= 1.25 * needed
     assert theirs >= needed
 

@@ -201,8 +201,9 @@ Numbers are medians over the turns with quartiles. First of all both sides have 
 loss, on the same weights, pictures or texts and masks (an exact count for pictures), in float32 and
 without dropout; how far apart they were is in the last column. Then ours draws Bernoulli masks,
 which transformers cannot: it masks exactly three quarters. Its batches are at hand, ours are
-indexed and normalised within the step. Texts are real ones in the bundled model's tokens, which are
-shorter than RoBERTa's, or full rows of random tokens; weights and pictures are random.
+indexed and normalised within the step. Both evaluate batches of 256, ours sorted by length. Texts
+are real ones in the bundled model's tokens, which are shorter than RoBERTa's, or full rows of
+random tokens; weights and pictures are random.
 
 A share counts the matrix products that a step needs, and no other work: for rows of K tokens (of
 which Z are masked), width D, inner width M, patches of P values, vocabulary V

@@ -28,6 +28,7 @@ from support import run, texts
 
 STAGES = ("further pre-training", "self-distillation", "fine-tuning", "evaluation")
 TUNING = STAGES[2:]  # those with a classification head
+EVALUATED = 256  # examples a batch in `finetune.predict`
 
 
 @dataclass
@@ -194,7 +195,7 @@ def carry_out(case: Case, stage: str, this: Timed, steps: int, exact: bool = Fal
         if stage == "fine-tuning":
             finetune.train(tuned, case.inputs, case.labels, config, this, stage)
         else:
-            run.compiled(tuned.encoder, config)
+            run.compiled(tuned, config)
             for _ in this.turns(range(steps)):
                 logits = finetune.predict(tuned, case.inputs, config)
     return logits
@@ -209,7 +210,7 @@ def drawn(case: Case, stage: str, model: nn.Module, config: run.Config,
         stream = "labelled order"
     index = run.draw_batch(len(case.inputs), case.batch, config.seed, stream, t, step)  # [B]
     if stage == "evaluation":
-        index = torch.arange(step * case.batch, min(len(case.inputs), (step + 1) * case.batch))
+        index = torch.arange(len(case.inputs)).split(EVALUATED)[step]  # [B]
     x = run.batch(case.inputs, index, where)  # [B, 3, S, S] or [B, K]
     if stage in TUNING:
         if not text and stage == "fine-tuning":
@@ -217,11 +218,8 @@ def drawn(case: Case, stage: str, model: nn.Module, config: run.Config,
             x = torch.where(flip.to(where)[:, None, None, None], x.flip(3), x)
         return {"x": x, "labels": case.labels[index].to(where)}
     draws = run.generator(config.seed, "mask", t, step)
-    if text:
-        mask = model.draw_mask(x, config.mask_prob, draws)  # [B, K]
-        return {"x": x, "mask": mask, "corrupted": x.masked_fill(mask, case.config.mask_id)}
-    draw = mae.fixed_mask if config.masking == "fixed" else mae.bernoulli_mask
-    return {"x": x, "mask": model.draw_mask(x, config.mask_prob, draws, draw)}
+    mask, known = distill.mask_input(model, x, config, draws)  # [B, K]
+    return {"x": x, "mask": mask} | ({"corrupted": known["corrupted"]} if text else {})
 
 
 def work(case: Case, stage: str, batch: bench_peer.Batch) -> tuple[float, float, float]:
@@ -283,7 +281,7 @@ def measure(case: Case, stage: str, turns: int, with_peer: bool = False,
     steps = (warm + turns) * turn
     if stage == "self-distillation":  # few enough to be seen once: the teacher is remembered
         case = case.first(min(len(case.inputs), steps * case.batch))
-    count = -(-len(case.inputs) // case.batch) if stage == "evaluation" else steps
+    count = -(-len(case.inputs) // EVALUATED) if stage == "evaluation" else steps
     batches = [drawn(case, stage, model, config, step) for step in range(count)]
     done = [work(case, stage, batch) for batch in batches]
     if stage == "evaluation":  # one look at all examples is a step

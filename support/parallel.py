@@ -33,7 +33,7 @@ def processes() -> Iterator[None]:
         yield
         return
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     # NCCL for tensors on GPUs, gloo on CPUs; rank 0 may download for hours while the others wait
     dist.init_process_group(timeout=datetime.timedelta(days=1))
     with open(os.devnull, "w") as nowhere:
@@ -51,10 +51,10 @@ def agree(value: object) -> object:
     return box[0]
 
 
-def total(values: Tensor) -> Tensor:
-    """The sum over all processes of a tensor that each of them has, in place."""
+def total(values: Tensor, kind: str = "sum") -> Tensor:
+    """The sum or the "max" over all processes of a tensor that each of them has, in place."""
     if world() > 1:
-        dist.all_reduce(values)
+        dist.all_reduce(values, dist.ReduceOp.SUM if kind == "sum" else dist.ReduceOp.MAX)
     return values
 
 

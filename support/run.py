@@ -110,7 +110,7 @@ class Config:
         "auto", "of the forward pass: fp32 is the paper's; auto is bf16 where a GPU has it. Use "
         "fp32 when a loss turns NaN", _TUNE, ("auto", "fp32", "bf16"))
     compile: bool = _flag(
-        False, "compile the encoder: slower to start, faster per step on a GPU", _TUNE)
+        False, "compile the model's layers: slower to start, faster per step on a GPU", _TUNE)
     save_every: str = _flag(
         "1m", "save a checkpoint every so many steps (500) or minutes (5m): less is lost when a "
         "run dies, more is written", _TUNE)
@@ -359,6 +359,9 @@ def fill(config: Config, model: torch.nn.Module, examples: int) -> Config:
         raise fetch.BadInput(f"a batch of {min(config.batch_size, config.finetune_batch_size)} "
                              f"cannot be shared out among {parallel.world()} processes with "
                              f"--accumulate {config.accumulate}: use fewer or a larger batch")
+    if parallel.world() > max(1, torch.cuda.device_count()) and device(config).type != "cpu":
+        raise fetch.BadInput(f"{parallel.world()} processes want a GPU each, this machine has "
+                             f"{torch.cuda.device_count()}: start as many, or use --device cpu")
     # a tiny model's learning rate is too high for RecAdam's own γ: lr·γ = 0.5, t0 early in a run
     if config.recadam_cof is None:
         config = replace(config, recadam_cof=0.5 / config.finetune_lr)
@@ -424,10 +427,15 @@ def autocast(config: Config) -> contextlib.AbstractContextManager:
     return torch.autocast(device(config).type, dtype=torch.bfloat16, enabled=uses_bf16(config))
 
 
-def compiled(module: torch.nn.Module, config: Config) -> None:
-    """Compile a module in place, where --compile asks for it; batches differ in their shapes."""
-    if config.compile:
-        module.compile(dynamic=True)
+def compiled(model: torch.nn.Module, config: Config) -> None:
+    """Compile a model's layers in place, where --compile asks for it.
+
+    Layers, not the whole: they are alike, so one compilation serves all, and which tokens are
+    visible is decided outside. Their number differs from batch to batch.
+    """
+    for stack in (part.blocks for part in model.modules() if hasattr(part, "blocks")):
+        for block in stack if config.compile else ():
+            block.compile(dynamic=True)
 
 
 def place(inputs: object, where: torch.device) -> object:
@@ -455,14 +463,27 @@ def cut(known: dict, part: slice) -> dict:
             for name, value in known.items()}
 
 
+def _reserved(file: Path, size: int) -> bool:
+    """Whether the disk has given a file all its bytes: a hole written to later would be fatal."""
+    try:
+        with open(file, "wb") as room:
+            for first in range(0, size, 2**24):
+                room.write(bytes(min(2**24, size - first)))
+    except OSError:
+        file.unlink(missing_ok=True)
+        return False
+    return True
+
+
 def remembered(states: Callable[[torch.Tensor], torch.Tensor], inputs: object, config: Config,
                folder: Path | None) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """A function of (index Long[B], their batch x) that gives states(x) [B, K, D] from memory.
 
     For a frozen model, whose states of unchanging inputs are computed once, in batches that a run
     carried on repeats. They lie on the GPU if they take at most a quarter of what is free there,
-    else in a file in the folder that is mapped into memory. What would take more than REMEMBERED
-    bytes or half of the free disk, or be asked for less than once each, is computed as needed.
+    else in a file in the folder that is mapped into memory (without a folder, in memory). What
+    would take more than REMEMBERED bytes, or more than the disk gives, or would be asked for less
+    than once each, is computed as needed.
     """
     where = device(config)
 
@@ -476,15 +497,17 @@ def remembered(states: Callable[[torch.Tensor], torch.Tensor], inputs: object, c
     flat = isinstance(inputs, texts.Texts) and one.shape[1] == x.shape[1]
     shape = (len(inputs.ids), one.shape[2]) if flat else (len(inputs), *one.shape[1:])
     size, folder = math.prod(shape) * one.element_size(), parallel.agree(folder)
-    fits = size <= min(REMEMBERED, shutil.disk_usage(folder or ".").free // 2)
-    if not parallel.agree(fits and config.steps * config.batch_size >= len(inputs)):
+    if size > REMEMBERED or config.steps * config.batch_size < len(inputs):
         return fresh
     batches = torch.arange(len(inputs)).split(64)
-    if folder is None or parallel.agree(
-            where.type == "cuda" and size <= torch.cuda.mem_get_info(where)[0] // 4):
-        memory = torch.empty(shape, dtype=one.dtype, device=where)
+    on_gpu = parallel.agree(
+        where.type == "cuda" and size <= torch.cuda.mem_get_info(where)[0] // 4)
+    if on_gpu or folder is None:
+        memory = torch.empty(shape, dtype=one.dtype, device=where if on_gpu else "cpu")
     else:  # one file for all processes, each of which writes its share
-        file = folder / "teacher.states"
+        file = folder / "teacher.part"
+        if not parallel.agree(parallel.rank() == 0 and _reserved(file, size)):
+            return fresh
         memory = torch.from_file(str(file), True, math.prod(shape), dtype=one.dtype).view(shape)
         batches = batches[parallel.rank()::parallel.world()]
 
@@ -493,14 +516,15 @@ def remembered(states: Callable[[torch.Tensor], torch.Tensor], inputs: object, c
             return index.to(memory.device), None
         return tuple(part.to(memory.device) for part in inputs.places(index, x.shape[1]))
 
-    for index in tqdm(batches, "teacher's hidden states", disable=folder is None, leave=False):
+    shown = folder and not parallel.rank() and sys.stderr.isatty()
+    for index in tqdm(batches, "teacher's hidden states", disable=not shown, leave=False):
         x = batch(inputs, index, where)
         found, (slot, padding) = fresh(index, x).to(memory.device), slots(index, x)
         if flat:
             slot, found = slot[~padding], found[~padding]  # [N], [N, D]
         memory[slot] = found
     parallel.wait()
-    if memory.device.type == "cpu" and folder and parallel.rank() == 0:
+    if folder and not on_gpu and not parallel.rank():
         with contextlib.suppress(OSError):  # Windows keeps a file that is open
             file.unlink()  # what is mapped stays until the last process ends, however it ends
 
@@ -619,7 +643,7 @@ def _short(value: object) -> str:
     return name.removesuffix(".safetensors").removesuffix(".jsonl")
 
 
-# cannot change what is computed, bar rounding
+# cannot change what is computed, bar rounding and dropout's draws
 HARMLESS = ("data_dir", "out", "device", "accumulate", "save_every", "compile")
 # the settings that further pre-training depends on; those that a student does beside them
 FURTHER = ("seed", "steps", "batch_size", "lr", "weight_decay", "betas", "warmup", "clip",
@@ -710,7 +734,8 @@ def _versions() -> dict[str, str]:
 def _command() -> str:
     """The command line that is running, as one may type it again."""
     join = subprocess.list2cmdline if os.name == "nt" else shlex.join
-    return join(["python", *sys.argv])
+    several = ["torchrun", f"--nproc-per-node={parallel.world()}"]
+    return join([*(several if parallel.world() > 1 else ["python"]), *sys.argv])
 
 
 @functools.cache
@@ -725,7 +750,9 @@ def _lock(folder: Path) -> object:
         else:
             import fcntl
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
+    except OSError as error:
+        if not isinstance(error, (BlockingIOError, PermissionError)):
+            return file  # some network file systems have no locks
         file.seek(0)
         raise fetch.BadInput(f"{folder} belongs to a program that is still running "
                              f"({file.read()}): wait for it, stop it, or choose another --out"
@@ -819,6 +846,7 @@ class Run:
         end_well = _noting() if self.folder or parallel.rank() else contextlib.nullcontext([])
         with tqdm(total=steps, initial=start, desc=title, disable=not bars, dynamic_ncols=True,
                   mininterval=0.5) as self.bar, end_well as stops:
+            self.bar.postfix = None  # a bar that is not shown has none until a line is logged
             for step in range(start, steps):
                 self.step = step
                 ramp = warmup * steps
@@ -839,13 +867,15 @@ class Run:
                     due = time.monotonic() - saved >= 60 * float(every)
                 else:
                     due = (step + 1) % int(every) == 0
-                if self.folder and (stops or due and step + 1 < steps):
+                # all processes stop after the same step, or some would wait for the others
+                stop = int(parallel.total(torch.tensor(max(stops, default=0)), "max"))
+                if self.folder and (stop or due and step + 1 < steps):
                     self._save(model, step + 1)
                     saved = time.monotonic()
-                if stops:
+                if stop:
                     if self.folder:
                         self._time(began, step + 1 - start)
-                    raise Stopped(stops[0])
+                    raise Stopped(stop)
         self._sound(model, steps)
         if self.folder:
             self._time(began, steps - start)
@@ -966,7 +996,7 @@ class Run:
             "torch": torch.__version__, "device": device(config).type, "bf16": uses_bf16(config),
             "code": [fetch.digest(fetch.ROOT / name)
                      for name in (*code, "mae.py", "mlm.py", "baselines.py", "support/images.py",
-                                  "support/texts.py", "support/run.py")]}
+                                  "support/parallel.py", "support/texts.py", "support/run.py")]}
         depends = json.dumps(depends, sort_keys=True).encode()
         return hashlib.blake2b(depends, digest_size=16).hexdigest()
 
@@ -1129,5 +1159,8 @@ def program(main: Callable[[], None]) -> None:
               file=sys.stderr)
         sys.exit(1)
     except Stopped as error:
-        print(f"stopped; to carry on: {_command()}", file=sys.stderr)
+        for number in STOPS:
+            signal.signal(number, signal.SIG_IGN)
+        if not parallel.rank():
+            print(f"stopped; to carry on: {_command()}", file=sys.stderr)
         sys.exit(128 + error.args[0])
