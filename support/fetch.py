@@ -16,6 +16,7 @@ import tarfile
 import tempfile
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import zipfile
 import zlib
@@ -267,10 +268,11 @@ def _brief(error: Exception) -> str:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows a redirect to https or within the scheme asked for, so never away from https."""
+    """Follows a redirect to https, or within a host that was asked without encryption."""
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
-        if newurl.split(":")[0].lower() not in ("https", req.type):
+        to = urllib.parse.urlsplit(newurl)
+        if to.scheme != "https" and (to.scheme, to.netloc) != (req.type, req.host):
             raise BadInput(f"it redirects to {newurl}, which is not encrypted")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
