@@ -4354,19 +4354,96 @@ def garbage_end(words: list, root: Path, start: object = None) -> tuple[int, str
 
 
 GARBAGE_FUZZ = {"weight files": 80, "jsonl files": 150, "command lines": 300}  # how many of each
-GARBAGE_LONG = 10  # times as many with -m slow, from another start each time
+GARBAGE_LONG = 10  # times as many with -m slow, and others every time
+garbage_often = pytest.mark.parametrize("times", [
+    1, pytest.param(GARBAGE_LONG, marks=pytest.mark.slow)])
 
 
-def garbage_fuzz(name: str, **strategies: object) -> object:
-    """The decorated check as two tests: the same few examples always, and many new ones."""
-    def decorate(check: object) -> object:
-        few = given(**strategies)(check)
-        return hypothesis_settings(max_examples=GARBAGE_FUZZ[name], deadline=None, database=None,
-                                   derandomize=True)(few)
-    return decorate
+def garbage_fuzz(what: str, times: int, check: object, **strategies: object) -> None:
+    """Call check with as many draws of its arguments as the table says."""
+    hypothesis_settings(max_examples=times * GARBAGE_FUZZ[what], deadline=None, database=None,
+                        derandomize=times == 1)(given(**strategies)(check))()
 
 
-def garbage_slow(name: str, check: object, **strategies: object) -> object:
-    many = given(**strategies)(check)
-    return pytest.mark.slow(hypothesis_settings(
-        max_examples=GARBAGE_LONG * GARBAGE_FUZZ[name], deadline=None, database=None)(many))
+def garbage_start(tmp_path: Path, data: Path) -> list:
+    """Flags for a program that writes below tmp_path alone; what it needs is cached there."""
+    shutil.copytree(data / "cache", tmp_path / "cache")
+    return ["--smoke", "--data-dir", tmp_path]
+
+
+@garbage_often
+def test_fuzzed_weight_files(times, garbage_data, tmp_path):
+    """Bytes changed in the header or anywhere, and the end cut off: loaded whole, or refused."""
+    flags, seen = garbage_start(tmp_path, garbage_data), set()
+    shutil.copy(ROOT / "weights" / "tokenizer.json", tmp_path)
+    place = st.one_of(st.integers(0, 9), st.integers(8, 9000), st.integers(0, 3_000_000))
+    changes = st.lists(st.tuples(place, st.binary(min_size=1, max_size=6)), max_size=4)
+
+    def check(kind: str, changes: list, cut: int | None) -> None:
+        content = bytearray((ROOT / "weights" / f"tiny-{kind}.safetensors").read_bytes())
+        for start, new in changes:
+            content[start:start + len(new)] = new
+        (tmp_path / "w.safetensors").write_bytes(content[:cut])
+        out = ["--out", tmp_path / "out"] * (kind == "mae")
+        words = [f"{kind}.py", "--init", tmp_path / "w.safetensors", *flags, *out]
+        status, _ = garbage_end(words, tmp_path)
+        seen.add(status)
+        # what was neither cut nor changed is taken; what was cut never is
+        assert status == 0 if not changes and cut is None else status == 2 or cut is None
+
+    garbage_fuzz("weight files", times, check, kind=st.sampled_from(["mae", "mlm"]),
+                 changes=changes, cut=st.none() | st.integers(0, 3_000_000))
+    assert seen >= {0, 2}
+
+
+GARBAGE_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=30),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.sampled_from(["text", "label", "x"]), inner, max_size=3), max_leaves=5)
+
+
+@garbage_often
+def test_fuzzed_jsonl_files(times, garbage_data, tmp_path):
+    """Lines of text, of JSON, of bytes: every one is understood, or the first bad one is named."""
+    flags, seen = garbage_start(tmp_path, garbage_data), set()
+    row = st.fixed_dictionaries({"text": st.text(max_size=99)})
+    line = st.one_of(row.map(json.dumps), row.map(lambda row: json.dumps(row, ensure_ascii=False)),
+                     GARBAGE_JSON.map(json.dumps), st.text(max_size=20)).map(
+                         lambda text: text.encode(errors="replace")) | st.binary(max_size=20)
+
+    def check(lines: list) -> None:
+        (tmp_path / "a.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
+        status, shown = garbage_end(["mlm.py", "--dataset", tmp_path / "a.jsonl", "--init",
+                                     "tiny", *flags], tmp_path)
+        seen.add(status)
+        assert status == 0 or status == 2 and "a.jsonl" in shown
+
+    garbage_fuzz("jsonl files", times, check, lines=st.lists(line, max_size=4) | st.lists(
+        row.map(lambda row: json.dumps(row).encode()), min_size=1, max_size=9))
+    assert seen == {0, 2}
+
+
+@garbage_often
+def test_fuzzed_command_lines(times, tmp_path):
+    """Flags and values of every program, right, wrong and misspelt: understood, or refused."""
+    seen = set()
+    names = [run._flag_name(name) for name in run.Config.__dataclass_fields__]
+    words = [choice for item in run.Config.__dataclass_fields__.values()
+             for choice in item.metadata.get("choices", ())]
+    flag = st.sampled_from(names) | st.text("-abcdeinprst", max_size=9)
+    value = st.one_of(st.sampled_from(words + list(run.TEXTS + run.IMAGES) + ["tiny", "random"]),
+                      st.integers().map(str), st.floats().map(str), st.floats(0, 1).map(str),
+                      st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])),
+                      st.sampled_from(["", "-", "--", "~", "~x", "1m", "0.5m", "5", "9" * 5000]))
+
+    def check(name: str, pairs: list, joined: bool) -> None:
+        line = [f"{a}={b}" for a, b in pairs] if joined else [word for pair in pairs
+                                                              for word in pair]
+        if {"-h", "--help"} & set(line):
+            return
+        seen.add(garbage_end([f"{name}.py", *line], tmp_path,
+                             lambda: run.parse(name, ""))[0])
+
+    garbage_fuzz("command lines", times, check, name=st.sampled_from(PROGRAMS),
+                 pairs=st.lists(st.tuples(flag, value), max_size=3), joined=st.booleans())
+    assert seen == {0, 2}

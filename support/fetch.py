@@ -216,8 +216,9 @@ def weights(source: str | Path, kind: str) -> Path:
 
 def _from_hub(name: str, kind: str) -> Path:
     from huggingface_hub import hf_hub_download  # slow to import, and only hub ids need it
-    from huggingface_hub.utils import EntryNotFoundError
+    from huggingface_hub.utils import EntryNotFoundError, logging
 
+    logging.set_verbosity_error()  # it would announce each of its attempts
     reasons = []
 
     def get(file: str) -> Path | None:
