@@ -16,6 +16,7 @@ import tarfile
 import tempfile
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import zipfile
 import zlib
@@ -215,8 +216,9 @@ def weights(source: str | Path, kind: str) -> Path:
 
 def _from_hub(name: str, kind: str) -> Path:
     from huggingface_hub import hf_hub_download  # slow to import, and only hub ids need it
-    from huggingface_hub.utils import EntryNotFoundError
+    from huggingface_hub.utils import EntryNotFoundError, logging
 
+    logging.set_verbosity_error()  # it would announce each of its attempts
     reasons = []
 
     def get(file: str) -> Path | None:
@@ -267,10 +269,11 @@ def _brief(error: Exception) -> str:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows a redirect to https or within the scheme asked for, so never away from https."""
+    """Follows a redirect to https, or within a host that was asked without encryption."""
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
-        if newurl.split(":")[0].lower() not in ("https", req.type):
+        to = urllib.parse.urlsplit(newurl)
+        if to.scheme != "https" and (to.scheme, to.netloc) != (req.type, req.host):
             raise BadInput(f"it redirects to {newurl}, which is not encrypted")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
