@@ -4447,3 +4447,28 @@ def test_fuzzed_command_lines(times, tmp_path):
     garbage_fuzz("command lines", times, check, name=st.sampled_from(PROGRAMS),
                  pairs=st.lists(st.tuples(flag, value), max_size=3), joined=st.booleans())
     assert seen == {0, 2}
+
+
+# ----------------------------------------------------------------------------- what was tried
+
+
+def garbage_table() -> str:
+    """The README's table, from the lists of cases that the tests above and the kills go through."""
+    refused, either = "status 2, one line that says what to do, nothing written", (
+        "taken or refused in one line, nothing written elsewhere")
+    both = len(GARBAGE_WEIGHTS) * 2 + len(GARBAGE_IMAGE_WEIGHTS) + len(GARBAGE_TEXT_WEIGHTS)
+    rows = [("flags out of range, misspelt or without effect", len(GARBAGE_FLAGS), refused),
+            ("weights: damaged, of another model, NaN, a header that lies", both, refused),
+            ("data: empty, broken or bombs of pictures; lines, labels", len(GARBAGE_DATA), refused),
+            ("downloads and archives: cut off, wrong, hostile",
+             len(GARBAGE_DOWNLOADS) + len(GARBAGE_ARCHIVES), refused),
+            ("`--predict` with what does not fit", len(GARBAGE_PREDICT), refused)]
+    rows += [(f"random {what} (with `pytest -m slow` {GARBAGE_LONG * count:,})", count, either)
+             for what, count in GARBAGE_FUZZ.items()]
+    return "\n".join(["| tried | times | what happened |", "|---|---|---|",
+                      *(f"| {what} | {count} | {end} |" for what, count, end in rows)])
+
+
+def test_the_readmes_table_of_what_was_tried_is_what_the_tests_do():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"\n\n{garbage_table()}\n\n" in readme
