@@ -3752,6 +3752,7 @@ def life_served(modality: str, folder: Path) -> tuple[str, dict[str, bytes]]:
     return "cifar100", {"cifar-100-binary.tar.gz": archive.read_bytes()}
 
 
+LIFE_KILLS = 20  # at least so many for pictures, and for texts
 LIFE_STAGES = ("start", "download", "decode", "further pre-training 0", "self-distillation 1",
                "self-distillation 2", "fine-tuning 0", "fine-tuning, further pre-training 0",
                "fine-tuning, self-distillation 0", "results")
@@ -3828,7 +3829,7 @@ def test_a_run_killed_at_random_moments_of_every_stage_ends_as_if_it_had_not_bee
     server.shutdown()
     counts = {stage: sum(at == stage for at, _ in killed) for stage in LIFE_STAGES}
     print(f"{len(killed)} kills, {sum(part for _, part in killed)} amid a file: {counts}")
-    assert len(killed) >= 20 and all(counts[stage] for stage in LIFE_STAGES[:-1])
+    assert len(killed) >= LIFE_KILLS and all(counts[stage] for stage in LIFE_STAGES[:-1])
     assert life_same(out, tmp_path / "whole" / "runs" / "out")
 
 
@@ -4657,6 +4658,34 @@ def test_fuzzed_command_lines(times, tmp_path):
     garbage_fuzz("command lines", times, check, name=st.sampled_from(PROGRAMS),
                  pairs=st.lists(st.tuples(flag, value), max_size=3), joined=st.booleans())
     assert seen == {0, 2}
+
+
+# ----------------------------------------------------------------------------- what was tried
+
+
+def garbage_table() -> str:
+    """The README's table, from the lists of cases that the tests above and the kills go through."""
+    refused, either = "status 2, one line that says what to do, no run begun", (
+        "taken, or refused in one line; nothing written elsewhere")
+    both = len(GARBAGE_WEIGHTS) * 2 + len(GARBAGE_IMAGE_WEIGHTS) + len(GARBAGE_TEXT_WEIGHTS)
+    rows = [("flags out of range, misspelt or without effect", len(GARBAGE_FLAGS), refused),
+            ("weights: damaged, of another model, NaN, a header that lies", both, refused),
+            ("data: empty, broken or bombs of pictures; lines, labels", len(GARBAGE_DATA), refused),
+            ("downloads and archives: cut off, wrong, hostile",
+             len(GARBAGE_DOWNLOADS) + len(GARBAGE_ARCHIVES), refused),
+            ("`--predict` with what does not fit", len(GARBAGE_PREDICT), refused)]
+    rows += [(f"random {what} (with `pytest -m slow` {GARBAGE_LONG * count:,})", count, either)
+             for what, count in GARBAGE_FUZZ.items()]
+    rows.append(("SIGKILL at random moments of a run (`pytest -m slow`)",
+                 f"at least {2 * LIFE_KILLS}", "started again: the uninterrupted run's weights, "
+                 "log and results, bit for bit"))
+    return "\n".join(["| tried | times | what happened |", "|---|---|---|",
+                      *(f"| {what} | {count} | {end} |" for what, count, end in rows)])
+
+
+def test_the_readmes_table_of_what_was_tried_is_what_the_tests_do():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"\n\n{garbage_table()}\n\n" in readme
 
 
 # ============================================================================= experiments/bench.py
