@@ -965,6 +965,16 @@ def test_fine_tuning_in_accumulated_parts_is_fine_tuning(modality, method):
         assert parts[name] == pytest.approx(whole[name], rel=1e-4), name
 
 
+@pytest.mark.slow  # the compiler takes a minute
+def test_compiled_layers_are_the_layers():
+    if not shutil.which("c++") and not shutil.which("g++"):
+        pytest.skip("torch.compile on a CPU wants a C++ compiler")
+    initial, inputs = small("image")
+    plain, compiled = (distill.further_pretrain(initial, inputs, settings(compile=asked))
+                       for asked in (False, True))
+    same_training(plain, compiled)
+
+
 def test_more_parts_than_examples_are_refused():
     with pytest.raises(fetch.BadInput, match="--accumulate 7: use fewer or a larger batch"):
         run.fill(settings(accumulate=7), small("image")[0], 20)
@@ -3602,6 +3612,33 @@ def test_a_stopped_run_says_how_to_go_on_and_a_running_one_is_locked(life, tmp_p
     done = program(*words[:-1], "2m", "--device", "cpu", "--out", str(out))
     assert done.returncode == 0, done.stderr
     assert life_same(out, whole)
+
+
+@posix
+def test_processes_stop_together_and_carry_on(tmp_path):
+    """One of two is told to stop: both do, after the same step, with a checkpoint."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    words = ["distill.py", "--smoke", "--steps", "60", "--save-every", "2", "--device", "cpu",
+             "--rounds", "0"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    both = life_started([*torchrun, *words], tmp_path / "a" / "run")
+    workers = [int(folder.name) for folder in Path("/proc").glob("[0-9]*")
+               if (folder / "stat").exists()
+               and (folder / "stat").read_text().rpartition(")")[2].split()[1] == str(both.pid)]
+    if not workers:
+        both.kill()
+        pytest.skip("this system does not tell a process's children")
+    os.kill(max(workers), signal.SIGTERM)
+    shown = both.communicate(timeout=120)[1]
+    resumes = [line for line in shown.splitlines() if line.startswith("stopped; to carry on: ")]
+    assert len(resumes) == 1 and "torchrun --nproc-per-node=2 distill.py" in resumes[0], shown
+    assert (tmp_path / "a" / "run" / "checkpoint.safetensors").exists()
+    for first, folder in ((torchrun, "a"), (torchrun, "b")):
+        done = program(*first, *words, "--out", str(tmp_path / folder / "run"))
+        assert done.returncode == 0, done.stderr
+    logs = [(tmp_path / folder / "run" / "log.jsonl").read_bytes() for folder in "ab"]
+    assert logs[0] == logs[1]
 
 
 @posix
