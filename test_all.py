@@ -723,7 +723,8 @@ def test_every_default_comes_from_the_table():
     model = mae.MAE(mae.Config(image_size=32, patch_size=16, depth=1, decoder_depth=1))
     config = run.fill(run.Config(), model, 5994)
     assert not [name for name, value in vars(config).items()
-                if value is None and name not in ("data_dir", "init", "out", "train_size")]
+                if value is None
+                and name not in ("data_dir", "init", "out", "predict", "train_size")]
     assert (config.steps, config.batch_size) == (20_000, 64)
     assert (config.lr, config.mask_prob) == (1.5e-4, 0.75)
     assert (config.finetune_steps, config.finetune_batch_size) == (10_000, 32)
@@ -1008,7 +1009,7 @@ def without_dropout(folder: Path) -> str:
 
 @pytest.mark.parametrize("words", [
     ("--dataset", "toybirds", "--method", "mars", "--accumulate", "2"),
-    ("--dataset", "pydocs", "--method", "r3f")])
+    pytest.param(("--dataset", "pydocs", "--method", "r3f"), marks=pytest.mark.slow)])
 def test_two_processes_are_one(words, tmp_path):
     """torchrun with gloo on a CPU: the same losses, scores and weights as one process, to 1e-5."""
     # small steps: Adam's division by √v enlarges rounding, most in the first ones
@@ -2885,7 +2886,8 @@ def test_flags_are_the_same_in_every_program():
 
 
 @pytest.mark.skipif("REAL_DATA" not in os.environ, reason="REAL_DATA names no folder of real data")
-@pytest.mark.parametrize("name, folder", [("cub", "CUB_200_2011"), ("scierc", "scierc")])
+@pytest.mark.parametrize("name, folder", [
+    ("cub", "CUB_200_2011"), pytest.param("scierc", "scierc", marks=pytest.mark.slow)])
 def test_algorithm_1_on_real_data(name, folder, tmp_path):
     (tmp_path / folder).symlink_to(
         Path(os.environ["REAL_DATA"]).resolve() / folder, target_is_directory=True
@@ -3615,6 +3617,7 @@ def test_a_stopped_run_says_how_to_go_on_and_a_running_one_is_locked(life, tmp_p
 
 
 @posix
+@pytest.mark.slow
 def test_processes_stop_together_and_carry_on(tmp_path):
     """One of two is told to stop: both do, after the same step, with a checkpoint."""
     (tmp_path / "a").mkdir()
@@ -3711,10 +3714,10 @@ def test_too_little_memory_leaves_the_checkpoint_and_says_what_needs_less(life, 
 
 def test_a_loss_that_is_not_finite_says_where(life, tmp_path):
     """The first step has learning rate 0, the second leaps, the third cannot be computed."""
-    done = program(*life[0], "--method", "finetune", "--finetune-lr", "1e30", "--out",
-                   str(tmp_path / "out"))
+    words = ["finetune" if word == "recadam" else word for word in life[0]]
+    done = program(*words, "--finetune-lr", "9e8", "--out", str(tmp_path / "out"))
     life_refused(done, 1, "fine-tuning, round 0, step 2 is not finite: loss nan, grad_norm nan, "
-                 "lr 6.66667e+29", "the last that was: step 1, loss ", "what was saved before is "
+                 "lr 6e+08", "the last that was: step 1, loss ", "what was saved before is "
                  "kept: try a lower --finetune-lr in another --out")
     listed = re.search("examples ([0-9, ]+) ", done.stderr).group(1)
     drawn = run.draw_batch(20, 8, 0, "labelled order", 0, 2).tolist()
