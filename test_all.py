@@ -2827,6 +2827,7 @@ def test_documented_commands_run(command, documented_runs):
         )
 
 
+@pytest.mark.slow
 def test_a_finished_run_answers_at_once_and_a_seed_repeats(tmp_path):
     words = ["distill.py", "--smoke", "--data-dir", str(tmp_path), "--seed", "3"]
     first = program(*words, "--out", str(tmp_path / "a"))
@@ -3645,6 +3646,7 @@ def test_processes_stop_together_and_carry_on(tmp_path):
 
 
 @posix
+@pytest.mark.slow
 def test_a_full_disk_and_vanished_data_leave_the_checkpoint(life, tmp_path):
     import resource
 
