@@ -800,7 +800,8 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "results.json").exists():  # a finished run is only read
             _lock(folder.resolve())
-            for part in folder.glob("*.part"):  # of a process that was killed while it wrote
+            # of a process that was killed while it, or safetensors, wrote
+            for part in [*folder.glob("*.part"), *folder.glob(".tmp*")]:
                 part.unlink()
         settings = recorded(config)
         self.lineage = {name: str(getattr(config, name)) for name in ("dataset", "init", "seed")}
