@@ -307,9 +307,8 @@ def prepare(program: str, config: run.Config) -> tuple[nn.Module, fetch.Data, ru
 def measure(rows: dict[str, tuple[nn.Module, str]], initial: nn.Module, data: fetch.Data,
             config: run.Config, this: run.Run) -> dict:
     """Fine-tune every row's model by its method and finish the run; returns results.json."""
-    if this.folder and getattr(initial, "tokenizer", None):  # --predict reads it
-        with fetch.whole(this.folder / "tokenizer.json") as part:
-            part.write_text(initial.tokenizer.to_str(pretty=True), encoding="utf-8")
+    if this.folder and initial.modality == "text":
+        initial.save_tokenizer(this.folder)  # --predict reads it
     results = []
     for row, (model, method) in rows.items():
         own = replace(config, method=method)

@@ -235,13 +235,17 @@ class MLM(nn.Module):
             model.tokenizer = read_tokenizer(beside, config)
         return model.eval()
 
+    def save_tokenizer(self, folder: Path) -> None:
+        """Write tokenizer.json into a folder, where the model has a tokenizer."""
+        if self.tokenizer is not None:
+            with fetch.whole(folder / "tokenizer.json") as part:
+                part.write_text(self.tokenizer.to_str(pretty=True), encoding="utf-8")
+
     def save(self, path: str | Path, **lineage: str) -> None:
         """Write weights, with configuration and lineage as metadata; the tokenizer goes beside."""
         path = Path(path)
         config = {"model": "mlm", **asdict(self.config)}
-        if self.tokenizer is not None:  # first, so that no weights ever lack theirs
-            with fetch.whole(path.with_name("tokenizer.json")) as part:
-                part.write_text(self.tokenizer.to_str(pretty=True), encoding="utf-8")
+        self.save_tokenizer(path.parent)  # first, so that no weights ever lack theirs
         fetch.save_weights(self.state_dict(), config, path, **lineage)
 
 

@@ -146,7 +146,7 @@ def loading(pictures: Path, about: str, side: int, turns: int, with_peer: bool,
     apart = max(((delivered["later start"] - theirs).abs().max().item()
                  for name, theirs in delivered.items() if "workers" in name), default=0.0)
     assert apart < 1e-4, f"the two deliver other pixels, {apart} apart"
-    processor = type(bench_peer.library().ViTImageProcessor()).__name__ if with_peer else ""
+    processor = type(bench_peer.installed().ViTImageProcessor()).__name__ if with_peer else ""
     return {"about": about, "side": side, "pictures": len(files), "seconds": seconds,
             "processor": processor}
 
@@ -227,7 +227,7 @@ def main() -> None:
         raise fetch.BadInput(f"--steps is {args.steps}: use at least 1")
     versions = {"torch": torch.__version__}
     if args.peer:
-        versions["transformers"] = bench_peer.library().__version__
+        versions["transformers"] = bench_peer.installed().__version__
     where = run.device(run.Config())
     gpu, path = where.type == "cuda", args.out / f"bench{'-tiny' * (args.size == 'tiny')}.json"
     record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -24,7 +24,7 @@ from support.images import MEAN, STD
 Batch = dict[str, Tensor]  # x and, by stage, mask, corrupted or labels
 
 
-def library() -> types.ModuleType:
+def installed() -> types.ModuleType:
     """transformers, without its progress bars; `BadInput` where it is not installed."""
     try:
         import transformers
@@ -38,7 +38,7 @@ def library() -> types.ModuleType:
 
 def save(config: mae.Config | mlm.Config, folder: Path, seed: int) -> None:
     """Write random weights of our configuration's sizes, which both sides then read."""
-    hub = library()
+    hub = installed()
     torch.manual_seed(seed)
     if isinstance(config, mae.Config):
         kind, name, fields = hub.ViTMAEConfig, "ViTMAEForPreTraining", mae._HUB_FIELDS
@@ -60,7 +60,7 @@ class Peer:
 
     def __init__(self, stage: str, weights: tuple[Path, Path], text: bool, classes: int,
                  config: run.Config, where: torch.device, best: bool) -> None:
-        hub, self.text = library(), text
+        hub, self.text = installed(), text
         given = {"attn_implementation": "sdpa" if best else "eager"}
         lr, decay, self.clip = config.lr, config.weight_decay, config.clip
         kind = hub.RobertaForMaskedLM if text else hub.ViTMAEForPreTraining
@@ -149,7 +149,7 @@ class Pictures(torch.utils.data.Dataset):
 
     def __init__(self, files: list[Path], side: int) -> None:
         self.files = files
-        self.processor = library().ViTImageProcessor(
+        self.processor = installed().ViTImageProcessor(
             size={"height": side, "width": side}, image_mean=MEAN, image_std=STD, resample=2)
 
     def __len__(self) -> int:

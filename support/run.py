@@ -237,7 +237,7 @@ def parse(program: str, doc: str, argv: list[str] | None = None) -> Config:
     for name, value in given.items():
         if words.count(_flag_name(name)) > 1:
             raise fetch.BadInput(f"{_flag_name(name)} is given twice: leave one out")
-        if value == "":
+        if value in ("", []):  # [] is what some versions of argparse make of --flag=--
             raise fetch.BadInput(f"{_flag_name(name)} is empty: give it a value or leave it out")
     config = Config(**({"dataset": "pydocs"} if program == "mlm" else {}) | given)
     idle = _idle(program, config)
@@ -1155,9 +1155,8 @@ def program(main: Callable[[], None]) -> None:
         short = re.search("out of memory|can't allocate|not enough memory|ALLOC_FAILED", str(error))
         if not short and not isinstance(error, MemoryError):
             raise
-        print("error: out of memory; what was saved is kept: the same command with --accumulate 2 "
-              "needs less of it, and so do --batch-size and --finetune-batch-size in another --out",
-              file=sys.stderr)
+        _tell("out of memory; what was saved is kept: the same command with --accumulate 2 needs "
+              "less of it, and so do --batch-size and --finetune-batch-size in another --out")
         sys.exit(1)
     except Stopped as error:
         for number in STOPS:
