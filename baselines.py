@@ -262,9 +262,9 @@ def r3f_loss(clean_logits: Tensor, noised_logits: Tensor, target: Tensor,
 def main() -> None:
     """Fine-tune once by each method, plain fine-tuning first, and print a row for each."""
     import finetune  # finetune uses this file, so the arrow back is drawn only here
-    from support import run
+    from support import settings
 
-    config = run.parse("baselines", __doc__)
+    config = settings.parse("baselines", __doc__)
     model, data, config, this = finetune.prepare("baselines", config)
     rows = {row: (model, method) for method, row in finetune.ROWS.items()}
     this.report(this.results() or finetune.measure(rows, model, data, config, this))

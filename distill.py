@@ -22,8 +22,8 @@ import baselines
 import finetune
 import mae
 import mlm
-from support import fetch, images, parallel, run
-from support.run import Config
+from support import fetch, images, parallel, run, settings
+from support.settings import Config
 
 # ----------------------------------------------------------------------------- line 10: L_MAE
 
@@ -110,7 +110,8 @@ def adamw(model: nn.Module, config: Config) -> torch.optim.AdamW:
 def pretrain(student: nn.Module, teacher: nn.Module | None, inputs: object, config: Config, t: int,
              this: run.Run) -> nn.Module:
     """Lines 4-16 for round t, in place; t = 0 has no teacher: equation 2, further pre-training."""
-    where, name = run.device(config), "self-distillation" if teacher else "further pre-training"
+    where = settings.device(config)
+    name = "self-distillation" if teacher else "further pre-training"
     student.to(where).train()
     run.compiled(student, config)
     model, optimiser = parallel.wrap(student), adamw(student, config)
@@ -129,7 +130,7 @@ def pretrain(student: nn.Module, teacher: nn.Module | None, inputs: object, conf
         L1 = L2 = torch.zeros((), device=where)
         for part in parallel.parts(model, len(x), config.accumulate):  # 6: for all j, at once
             x_j, z_j, known_j = x[part], mask[part], run.cut(known, part)
-            with run.autocast(config):
+            with settings.autocast(config):
                 l1, hidden = model(x_j, z_j, of_states, **known_j)  # 10: ℓ¹_j
                 l2 = torch.zeros_like(l1)
                 if of_states:  # 11: ℓ²_j
@@ -154,7 +155,7 @@ def further_pretrain(model: nn.Module, inputs: object, config: Config,
     inputs: unlabelled D_u, of which inputs[Long[B]] is a batch: uint8 or normalised pictures
     [N, 3, S, S], `texts.Texts`, or token ids [N, K].
     """
-    config = run.fill(config, model, len(inputs))
+    config = settings.fill(config, model, len(inputs))
     return pretrain(copy.deepcopy(model), None, inputs, config, 0, this or run.Run())
 
 
@@ -164,12 +165,12 @@ def self_distill(initial_model: nn.Module, inputs: object, config: Config,
 
     inputs: as in `further_pretrain`. What the run's folder already holds is not trained again.
     """
-    config, this = run.fill(config, initial_model, len(inputs)), this or run.Run()
+    config, this = settings.fill(config, initial_model, len(inputs)), this or run.Run()
     models = [this.kept("further", initial_model,
                         lambda: further_pretrain(initial_model, inputs, config, this))]  # 1: θ_0
     for t in range(1, config.rounds + 1):  # 2
         # θ_0 <- θ_t-1: what line 1 or the last round made, frozen
-        teacher = copy.deepcopy(models[-1]).to(run.device(config)).eval().requires_grad_(False)
+        teacher = copy.deepcopy(models[-1]).to(settings.device(config)).eval().requires_grad_(False)
         student = copy.deepcopy(initial_model)  # 3: θ_t <- θ_init, φ_t <- φ_init
         models.append(this.kept(
             f"distilled-{t}", initial_model,
@@ -197,7 +198,7 @@ def draw_reconstructions(models: dict[str, nn.Module], data: fetch.Data, config:
 
 
 def main() -> None:
-    config = run.parse("distill", __doc__)
+    config = settings.parse("distill", __doc__)
     model, data, config, this = finetune.prepare("distill", config)
     if not (results := this.results()):
         models = self_distill(model, data.train, config, this)

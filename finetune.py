@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import baselines
 import mae
 import mlm
-from support import fetch, images, parallel, run, texts
+from support import fetch, images, parallel, run, settings, texts
 
 # ----------------------------------------------------------------------------- scores (§5)
 
@@ -98,15 +98,15 @@ class Classifier(nn.Module):
 
 
 @torch.no_grad()
-def predict(classifier: Classifier, inputs: object, config: run.Config) -> Tensor:
+def predict(classifier: Classifier, inputs: object, config: settings.Config) -> Tensor:
     """Logits float32 [N, C], on the CPU, of all examples in eval mode, without augmentation."""
     classifier.eval()
-    where, order = run.device(config), torch.arange(len(inputs))
+    where, order = settings.device(config), torch.arange(len(inputs))
     logits = torch.zeros(len(inputs), classifier.linear.out_features, device=where)  # [N, C]
     if isinstance(inputs, texts.Texts):
         order = inputs.offsets.diff().argsort()  # alike lengths together: little padding
     for index in order.split(256)[parallel.rank()::parallel.world()]:
-        with run.autocast(config):
+        with settings.autocast(config):
             logits[index] = classifier(run.batch(inputs, index, where)).float()
     return parallel.total(logits).cpu()
 
@@ -121,7 +121,7 @@ def distance(before: nn.Module, after: nn.Module) -> float:
 # ----------------------------------------------------------------------------- equation 1
 
 
-def make_optimiser(classifier: Classifier, config: run.Config) -> torch.optim.Optimizer:
+def make_optimiser(classifier: Classifier, config: settings.Config) -> torch.optim.Optimizer:
     """AdamW, or RecAdam with the encoder's present weights as its anchors.
 
     As released for this stage, biases, tokens and positions do not decay but LayerNorms do; for
@@ -133,16 +133,16 @@ def make_optimiser(classifier: Classifier, config: run.Config) -> torch.optim.Op
             classifier.reads_text and parameter.ndim == 1)
         in_encoder = name.startswith("encoder.")
         groups.setdefault((in_encoder, free), []).append(parameter)
-    settings = [{"params": params, "weight_decay": 0.0 if free else config.finetune_weight_decay,
-                 **({"pretrained": params} if in_encoder and config.method == "recadam" else {})}
-                for (in_encoder, free), params in groups.items()]
+    split = [{"params": params, "weight_decay": 0.0 if free else config.finetune_weight_decay,
+              **({"pretrained": params} if in_encoder and config.method == "recadam" else {})}
+             for (in_encoder, free), params in groups.items()]
     if config.method == "recadam":
-        return baselines.RecAdam(settings, lr=config.finetune_lr, anneal_k=config.recadam_k,
+        return baselines.RecAdam(split, lr=config.finetune_lr, anneal_k=config.recadam_k,
                                  anneal_t0=config.recadam_t0, pretrain_cof=config.recadam_cof)
-    return torch.optim.AdamW(settings, lr=config.finetune_lr, fused=True)
+    return torch.optim.AdamW(split, lr=config.finetune_lr, fused=True)
 
 
-def check_recadam(config: run.Config) -> None:
+def check_recadam(config: settings.Config) -> None:
     """Refuse a pull towards θ_init that diverges: lr × γ of 2 or more (`BadInput`).
 
     While the task weight λ(t) is small, a step multiplies θ - θ_init by 1 - lr·γ.
@@ -156,10 +156,10 @@ def check_recadam(config: run.Config) -> None:
             f"{0.5 / config.finetune_lr:g}")
 
 
-def train(classifier: Classifier, inputs: object, labels: Tensor, config: run.Config, this: run.Run,
-          stage: str) -> None:
+def train(classifier: Classifier, inputs: object, labels: Tensor, config: settings.Config,
+          this: run.Run, stage: str) -> None:
     """Equation 1, (θ*, ω*) = A(L_CE; θ, D_tr), with A by --method; in place."""
-    where, encoder = run.device(config), classifier.encoder
+    where, encoder = settings.device(config), classifier.encoder
     optimiser = make_optimiser(classifier, config)
     pairs = baselines.mars_pairs(encoder, encoder.state_dict()) if config.method == "mars" else []
     inputs = run.place(inputs, where)
@@ -180,7 +180,7 @@ def train(classifier: Classifier, inputs: object, labels: Tensor, config: run.Co
             exact, noise = replace(config, precision="fp32"), noise.to(where) * config.r3f_eps
         logged = collections.defaultdict(float)
         for part in parallel.parts(model, len(x), config.accumulate):
-            with run.autocast(exact if config.method == "r3f" else config):
+            with settings.autocast(exact if config.method == "r3f" else config):
                 logits = model(x[part])  # [B, C]
                 if config.method == "r3f":
                     noised = model(x[part], noise[part])  # [B, C]
@@ -203,7 +203,7 @@ def train(classifier: Classifier, inputs: object, labels: Tensor, config: run.Co
 ROWS = {"finetune": "fine-tuning", "recadam": "RecAdam", "mars": "MARS", "r3f": "R3F"}
 
 
-def fine_tune(model: nn.Module, data: fetch.Data, config: run.Config, this: run.Run, row: str,
+def fine_tune(model: nn.Module, data: fetch.Data, config: settings.Config, this: run.Run, row: str,
               initial: nn.Module | None = None) -> dict:
     """Fine-tune a copy of a model's encoder and measure it: the row of results.json.
 
@@ -214,7 +214,7 @@ def fine_tune(model: nn.Module, data: fetch.Data, config: run.Config, this: run.
     encoder = copy.deepcopy(model.encoder)
     encoder.dropout.p = config.dropout
     classifier = Classifier(encoder, len(data.classes), run.generator(config.seed, "head"))
-    classifier.to(run.device(config))
+    classifier.to(settings.device(config))
     train(classifier, data.train, data.train_labels, config, this,
           "fine-tuning" if row == "fine-tuning" else f"fine-tuning, {row}")
     train_logits, test_logits = (predict(classifier, x, config) for x in (data.train, data.test))
@@ -257,7 +257,7 @@ def read_classifier(path: Path) -> tuple[Classifier, list[str]]:
     return classifier.eval(), classes
 
 
-def write_predictions(config: run.Config) -> Path:
+def write_predictions(config: settings.Config) -> Path:
     """A .csv with the most probable class of each input and every class's probability."""
     path = fetch.weights(config.init, "mae")
     classifier, classes = read_classifier(path)
@@ -274,7 +274,7 @@ def write_predictions(config: run.Config) -> Path:
         names, inputs = texts.plain(config.predict, tokenizer, sizes.max_length)
     else:
         names, inputs = images.plain(config.predict, sizes.image_size)
-    classifier.to(run.device(config))
+    classifier.to(settings.device(config))
     probabilities = predict(classifier, inputs, config).softmax(1)  # [N, C]
     name = f"predictions-{Path(config.predict).resolve().stem[:50]}.csv"
     target = Path(config.out or path.parent) / name
@@ -291,13 +291,14 @@ def write_predictions(config: run.Config) -> Path:
 # ----------------------------------------------------------------------------- the program
 
 
-def prepare(program: str, config: run.Config) -> tuple[nn.Module, fetch.Data, run.Config, run.Run]:
+def prepare(program: str, config: settings.Config
+            ) -> tuple[nn.Module, fetch.Data, settings.Config, run.Run]:
     """The model and data that the settings name, the settings filled in, and the run's folder."""
     with parallel.in_turn():
         model = run.load_model(mlm.MLM if config.modality == "text" else mae.MAE, config)
         data = run.load_data(config, model)
-    run.check_sizes(program, config, data)
-    config = run.fill(config, model, len(data.train))
+    settings.check_sizes(program, config, data)
+    config = settings.fill(config, model, len(data.train))
     folder = run.folder(program, config, model, len(data.train))
     check_recadam(config if program != "baselines" else replace(config, method="recadam"))
     return model, data, config, run.Run(folder, config, data=data.fingerprint,
@@ -305,7 +306,7 @@ def prepare(program: str, config: run.Config) -> tuple[nn.Module, fetch.Data, ru
 
 
 def measure(rows: dict[str, tuple[nn.Module, str]], initial: nn.Module, data: fetch.Data,
-            config: run.Config, this: run.Run) -> dict:
+            config: settings.Config, this: run.Run) -> dict:
     """Fine-tune every row's model by its method and finish the run; returns results.json."""
     if this.folder and initial.modality == "text":
         initial.save_tokenizer(this.folder)  # --predict reads it
@@ -318,7 +319,7 @@ def measure(rows: dict[str, tuple[nn.Module, str]], initial: nn.Module, data: fe
 
 
 def main() -> None:
-    config = run.parse("finetune", __doc__)
+    config = settings.parse("finetune", __doc__)
     if config.predict:
         print(f"wrote {write_predictions(config)}")
         return

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support import fetch, run
+from support import fetch, run, settings
 from support.images import denormalise, grid, normalise, spread
 
 
@@ -488,10 +488,10 @@ def pictures(model: MAE, pixels: Tensor, mask: Tensor, norm_pix: bool = True) ->
 
 def main() -> None:
     """Draw eight test images, what a mask leaves of them, and what the model makes of that."""
-    config = run.parse("mae", __doc__)
+    config = settings.parse("mae", __doc__)
     model = run.load_model(MAE, config)
     data = run.load_data(config, model)
-    config = run.fill(config, model, len(data.train))
+    config = settings.fill(config, model, len(data.train))
     folder = run.folder("mae", config, model, len(data.train))
     pixels = spread(data.train if data.test is None else data.test, 8)
     mask = model.draw_mask(pixels, config.mask_prob, run.generator(config.seed, "mask"))

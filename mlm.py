@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from support import fetch, run
+from support import fetch, run, settings
 from support.fetch import BadInput
 
 RECIPES = ("mask", "80-10-10")
@@ -380,10 +380,10 @@ def read_tokenizer(path: Path, config: Config) -> Tokenizer:
 
 def main() -> None:
     """Print masked words of a few texts beside what the model guesses for them."""
-    config = run.parse("mlm", __doc__)
+    config = settings.parse("mlm", __doc__)
     model = run.load_model(MLM, config).eval()
     data = run.load_data(config, model)
-    config = run.fill(config, model, len(data.train))
+    config = settings.fill(config, model, len(data.train))
     sizes, tokenizer, generator = model.config, model.tokenizer, run.generator(config.seed, "mlm")
     ids = data.train[torch.randperm(len(data.train), generator=generator)[:4]]  # [B, K]
     z = model.draw_mask(ids, config.mask_prob, generator)  # [B, K]

@@ -54,7 +54,7 @@ import distill
 import finetune
 import mae
 import mlm
-from support import fetch, images, run, texts
+from support import fetch, images, run, settings, texts
 from support.fetch import BadInput
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -359,7 +359,7 @@ def small(modality: str) -> tuple[nn.Module, object]:
     return tiny_mlm(), ids
 
 
-def settings(**changes) -> distill.Config:
+def config_of(**changes) -> distill.Config:
     return distill.Config(**{"steps": 4, "batch_size": 6, "lr": 1e-3, "device": "cpu", **changes})
 
 
@@ -393,7 +393,8 @@ def test_algorithm_1_equals_a_plain_rewriting(modality):
     """Two rounds of Algorithm 1 against a version here that shares only the forward passes."""
     initial, inputs = small(modality)
     initial.encoder.dropout.p = 0.0  # its draws depend on how examples are put into batches
-    config = run.fill(settings(rounds=2, mask_prob=0.5, warmup=0.0, clip=0.0), initial, len(inputs))
+    config = config_of(rounds=2, mask_prob=0.5, warmup=0.0, clip=0.0)
+    config = settings.fill(config, initial, len(inputs))
     got = distill.self_distill(initial, inputs, config)
     expected = [initial]
     for t in range(3):
@@ -435,7 +436,7 @@ def test_decoder_gets_no_gradient_from_l2_and_the_teacher_gets_nothing(modality)
         for p in teacher.parameters():
             p.add_(0.1 * torch.randn_like(p))
     before = copy.deepcopy(teacher)
-    config = run.fill(settings(), student, len(inputs))
+    config = settings.fill(config_of(), student, len(inputs))
     x = run.batch(inputs, torch.arange(6), torch.device("cpu"))
     mask, known = distill.mask_input(student, x, config, torch.Generator().manual_seed(0))
     hidden = student(x, mask, True, **known)[1]
@@ -462,7 +463,7 @@ def test_every_round_starts_at_the_initial_weights(modality, monkeypatch):
 
     monkeypatch.setattr(distill, "pretrain", watched)
     before = copy.deepcopy(initial)
-    models = distill.self_distill(initial, inputs, settings(rounds=2))
+    models = distill.self_distill(initial, inputs, config_of(rounds=2))
     assert begun == [True] * 3 and equal(initial, before) and not equal(models[1], initial)
     # round t's teacher is round t - 1's result, unchanged
     assert teachers[0][0] is None
@@ -472,12 +473,12 @@ def test_every_round_starts_at_the_initial_weights(modality, monkeypatch):
 @pytest.mark.parametrize("modality", ["image", "text"])
 def test_no_round_is_further_pretraining_and_one_round_is_the_first_of_two(modality):
     initial, inputs = small(modality)
-    none = distill.self_distill(initial, inputs, settings(rounds=0))
-    one = distill.self_distill(initial, inputs, settings(rounds=1))
-    two = distill.self_distill(initial, inputs, settings(rounds=2))
-    assert len(none) == 1 and equal(none[0], distill.further_pretrain(initial, inputs, settings()))
+    none = distill.self_distill(initial, inputs, config_of(rounds=0))
+    one = distill.self_distill(initial, inputs, config_of(rounds=1))
+    two = distill.self_distill(initial, inputs, config_of(rounds=2))
+    assert len(none) == 1 and equal(none[0], distill.further_pretrain(initial, inputs, config_of()))
     assert [equal(a, b) for a, b in zip(one, two)] == [True, True] and equal(none[0], one[0])
-    assert not equal(one[0], distill.further_pretrain(initial, inputs, settings(seed=1)))
+    assert not equal(one[0], distill.further_pretrain(initial, inputs, config_of(seed=1)))
 
 
 @torch.no_grad()
@@ -487,7 +488,7 @@ def test_table_3_variants_are_their_formulas():
     x, mask = images.normalise(inputs[:3]), random_mask(3, 4)
 
     def value(match):
-        return distill.matching(student, teacher, x, mask, {}, settings(match=match))
+        return distill.matching(student, teacher, x, mask, {}, config_of(match=match))
 
     difference = student.reconstruct(x, mask) - teacher.reconstruct(x, mask)
     close(value("prediction"), difference.square().sum((1, 2)), 1e-3)
@@ -507,7 +508,7 @@ def test_prediction_matching_of_text_is_the_kl_divergence():
     student, ids = small("text")
     student.eval()
     teacher = mlm.MLM(student.config, torch.Generator().manual_seed(5)).eval()
-    config = run.fill(settings(match="prediction", mask_prob=0.4), student, len(ids))
+    config = settings.fill(config_of(match="prediction", mask_prob=0.4), student, len(ids))
     mask, known = distill.mask_input(student, ids, config, torch.Generator().manual_seed(0))
     got = distill.matching(student, teacher, ids, mask, known, config)
     corrupted = torch.where(mask, student.config.mask_id, ids)
@@ -529,7 +530,7 @@ def test_bf16_is_near_float32(modality):
             p.add_(0.05)
     values = {}
     for precision in ("fp32", "bf16"):
-        with torch.no_grad(), run.autocast(settings(precision=precision)):
+        with torch.no_grad(), settings.autocast(config_of(precision=precision)):
             l2 = distill.distillation_loss(model.eval().encoder(x), teacher.eval().encoder(x))
             values[precision] = torch.stack([model.loss(x, mask), l2])
     torch.testing.assert_close(values["bf16"], values["fp32"], rtol=2e-2, atol=2e-2)
@@ -546,7 +547,7 @@ def test_losses_fall():
         def log(self, _, **values):
             told.append((self.name, {k: float(v) for k, v in values.items()}))
 
-    distill.self_distill(model, pixels, settings(steps=40, batch_size=40), Listening())
+    distill.self_distill(model, pixels, config_of(steps=40, batch_size=40), Listening())
     student = [values for name, values in told if name == "self-distillation"]
     losses = [values["distill_loss"] for values in student]
     assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
@@ -610,13 +611,14 @@ def test_dropout_is_inside_the_image_encoder_only():
     assert dropouts == {id(encoder.dropout)}
 
 
-def labelled(modality: str) -> tuple[nn.Module, fetch.Data, run.Config]:
+def labelled(modality: str) -> tuple[nn.Module, fetch.Data, settings.Config]:
     """A small model and 20 labelled examples, train and test alike."""
     model, inputs = small(modality)
     labels = torch.arange(20) % 4
     data = fetch.Data("made", inputs, labels, inputs, labels, list("abcd"), "accuracy", "0", "")
-    config = run.Config(finetune_steps=6, finetune_batch_size=8, finetune_lr=1e-3, device="cpu")
-    return model, data, run.fill(config, model, 20)
+    config = settings.Config(finetune_steps=6, finetune_batch_size=8, finetune_lr=1e-3,
+                             device="cpu")
+    return model, data, settings.fill(config, model, 20)
 
 
 @pytest.mark.parametrize("modality", ["image", "text"])
@@ -693,7 +695,7 @@ def test_unstable_recadam_is_refused():
     finetune.check_recadam(replace(config, recadam_cof=2.0 / config.finetune_lr, method="finetune"))
 
 
-# ============================================================================= support/run.py
+# ============================================================================= settings, run.py
 
 
 def test_batches_are_epochs_end_to_end():
@@ -721,7 +723,7 @@ def test_subset_is_balanced_and_seeded():
 def test_every_default_comes_from_the_table():
     """`fill` leaves nothing open, and gives what §5 and the released code say."""
     model = mae.MAE(mae.Config(image_size=32, patch_size=16, depth=1, decoder_depth=1))
-    config = run.fill(run.Config(), model, 5994)
+    config = settings.fill(settings.Config(), model, 5994)
     assert not [name for name, value in vars(config).items()
                 if value is None
                 and name not in ("data_dir", "init", "out", "predict", "train_size")]
@@ -732,9 +734,9 @@ def test_every_default_comes_from_the_table():
     assert config.finetune_warmup * config.finetune_steps == 500
     assert (config.warmup, config.clip, config.betas) == (0.0, 0.0, (0.9, 0.95))
     model = mlm.MLM(mlm.Config(vocab_size=60, width=768, depth=1, mlp=32, mask_id=59))
-    config = run.fill(run.Config(), model, 3219)
+    config = settings.fill(settings.Config(), model, 3219)
     assert (config.steps, config.finetune_steps) == (2600, 1010)  # 100 and 10 epochs of SciERC
-    assert run.fill(config, model, 3219) == config
+    assert settings.fill(config, model, 3219) == config
 
 
 @pytest.mark.parametrize("argv, named", [
@@ -748,13 +750,13 @@ def test_every_default_comes_from_the_table():
 ])
 def test_flags_without_sense_are_refused(argv, named):
     with pytest.raises(fetch.BadInput, match=named):
-        run.parse("distill", "", argv)
+        settings.parse("distill", "", argv)
 
 
 def test_as_released_sets_both_differences():
-    config = run.parse("distill", "", ["--as-released"])
+    config = settings.parse("distill", "", ["--as-released"])
     assert (config.match, config.masking) == ("cls", "fixed")
-    assert run.parse("distill", "", []).match == "hidden"
+    assert settings.parse("distill", "", []).match == "hidden"
 
 
 @pytest.mark.parametrize("modality", ["image", "text"])
@@ -866,7 +868,7 @@ def test_what_is_shared_depends_on_sizes_tokenizer_and_the_test_set():
     before = run.digest(picture.encoder)
     picture.encoder.config = replace(picture.encoder.config, width=99)
     assert run.digest(picture.encoder) != before
-    config = run.check(run.Config(dataset="toybirds"))
+    config = settings.check(settings.Config(dataset="toybirds"))
     tiny = mae.MAE.from_pretrained("tiny")
     prints = {run.load_data(replace(config, **changed), tiny).fingerprint for changed in (
         {}, {"train_size": 80}, {"smoke": True}, {"smoke": True, "train_size": 80})}
@@ -878,7 +880,7 @@ def test_a_loss_that_is_not_finite_stops_the_run():
     with torch.no_grad():
         model.encoder.norm.weight[0] = float("nan")
     with pytest.raises(FloatingPointError, match="step 0 .*mae_loss nan.*a lower --lr"):
-        distill.further_pretrain(model, inputs, settings())
+        distill.further_pretrain(model, inputs, config_of())
 
 
 # ============================================================================= doing less work
@@ -897,7 +899,7 @@ def ragged() -> texts.Texts:
 @pytest.mark.parametrize("modality", ["image", "text", "ragged"])
 def test_the_teacher_is_remembered_as_it_would_answer(modality, match, tmp_path):
     model, inputs = (small("text")[0], ragged()) if modality == "ragged" else small(modality)
-    config = run.fill(settings(match=match, steps=4), model.eval(), 20)
+    config = settings.fill(config_of(match=match, steps=4), model.eval(), 20)
     asked, positions = [], slice(1) if match == "cls" else slice(None)
 
     def states(x):
@@ -920,13 +922,13 @@ def test_a_teacher_that_does_not_fit_answers_each_time(modality, monkeypatch):
     """No room, or fewer questions than examples: a live teacher, and the same student."""
     initial, inputs = small(modality)
     initial.encoder.dropout.p = 0.0
-    remembered = distill.self_distill(initial, inputs, settings())[-1]
+    remembered = distill.self_distill(initial, inputs, config_of())[-1]
     monkeypatch.setattr(run, "REMEMBERED", 0)
-    same_training(remembered, distill.self_distill(initial, inputs, settings())[-1])
+    same_training(remembered, distill.self_distill(initial, inputs, config_of())[-1])
     asked = []
     monkeypatch.undo()
     told = run.remembered(lambda x: asked.append(len(x)) or initial.eval().encoder(x), inputs,
-                          run.fill(settings(steps=3), initial, 20), None)
+                          settings.fill(config_of(steps=3), initial, 20), None)
     x = run.batch(inputs, torch.arange(5), torch.device("cpu"))
     close(told(torch.arange(5), x), initial.encoder(x), 0)  # the same call
     assert asked == [1, 5]
@@ -949,7 +951,7 @@ def test_accumulated_parts_are_the_whole_batch(modality, match):
     """Per-example normalisers and the matching of weights included; 6 examples in 4 parts."""
     initial, inputs = small(modality)
     initial.encoder.dropout.p = 0.0
-    whole, parts = (distill.self_distill(initial, inputs, settings(match=match, accumulate=n))[-1]
+    whole, parts = (distill.self_distill(initial, inputs, config_of(match=match, accumulate=n))[-1]
                     for n in (1, 4))
     same_training(whole, parts)
 
@@ -971,14 +973,14 @@ def test_compiled_layers_are_the_layers():
     if not shutil.which("c++") and not shutil.which("g++"):
         pytest.skip("torch.compile on a CPU wants a C++ compiler")
     initial, inputs = small("image")
-    plain, compiled = (distill.further_pretrain(initial, inputs, settings(compile=asked))
+    plain, compiled = (distill.further_pretrain(initial, inputs, config_of(compile=asked))
                        for asked in (False, True))
     same_training(plain, compiled)
 
 
 def test_more_parts_than_examples_are_refused():
     with pytest.raises(fetch.BadInput, match="--accumulate 7: use fewer or a larger batch"):
-        run.fill(settings(accumulate=7), small("image")[0], 20)
+        settings.fill(config_of(accumulate=7), small("image")[0], 20)
 
 
 @pytest.mark.parametrize("modality", ["image", "text"])
@@ -994,7 +996,7 @@ def test_a_step_costs_the_same_however_many_were_done(modality):
                                   if issubclass(type(x), torch.Tensor))
 
     teacher = copy.deepcopy(initial).eval().requires_grad_(False)
-    config = run.fill(settings(steps=10), initial, 20)
+    config = settings.fill(config_of(steps=10), initial, 20)
     distill.pretrain(copy.deepcopy(initial), teacher, inputs, config, 1, Counting())
     assert held[9] == held[3]
 
@@ -3134,8 +3136,8 @@ def finished(paper, words: tuple, rows: dict[str, float], **more: float) -> None
     """A run folder as a finished command leaves it, with made-up numbers."""
     folder = paper.folder(words)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {"settings": run.asdict(paper.filled(words))}
-    (folder / "config.json").write_text(json.dumps(settings))
+    told = {"settings": run.asdict(paper.filled(words))}
+    (folder / "config.json").write_text(json.dumps(told))
     found = {"dataset": "cub", "num_classes": 50, "n_train": 1500, "n_test": 1389, "rows": [
         {"method": row, "seed": 0, "metric": "accuracy", "score": score, "train_loss": 1.0,
          "test_loss": 1.0 + score, "gap": score, "distance": 10 * score} | more
@@ -3247,7 +3249,7 @@ def test_a_dry_run_lists_commands_and_runs_none(tmp_path):
     assert len(lines) == 8 and not list(tmp_path.iterdir())
     for line in lines:
         words = shlex.split(line.split("python ")[1])
-        assert run.parse("distill", "", words[1:]).dataset == "toybirds"
+        assert settings.parse("distill", "", words[1:]).dataset == "toybirds"
 
 
 def test_documented_tables_have_a_plan(paper, monkeypatch, tmp_path, capsys):
@@ -3980,6 +3982,7 @@ GARBAGE_FLAGS = [  # (command line, what the message has in it)
     ("distill.py --dataset nowhere/train.jsonl", "no data set 'nowhere/train.jsonl'"),
     ("distill.py --dataset ~nobody-of-that-name", "no data set"), ("distill.py --out=", "is empty"),
     ("distill.py --dataset=", "is empty"), ("distill.py --out README.md", "is a file"),
+    (f"distill.py --dataset {'9' * 300}", "no data set"),  # longer than a file's name may be
     ("distill.py --save-every=--", "--save-every is "),  # empty, to Python 3.11's argparse
     ("distill.py --data-dir README.md", "is a file"), ("distill.py --init ~nobody/x", "no weights"),
     # combinations
@@ -4028,11 +4031,11 @@ def test_flags_that_are_wrong_are_refused(line, said, garbage_data, tmp_path, ca
     "distill.py --dataset pydocs --masking 80-10-10 --match l2", "mlm.py --dataset pydocs"])
 def test_flags_that_make_sense_are_taken(line):
     program_name, *words = line.split()
-    assert run.parse(program_name.removesuffix(".py"), "", words)
+    assert settings.parse(program_name.removesuffix(".py"), "", words)
 
 
 def test_a_default_batch_is_no_larger_than_the_set():
-    config = run.fill(run.Config(), mae.MAE.from_pretrained("tiny"), 20)
+    config = settings.fill(settings.Config(), mae.MAE.from_pretrained("tiny"), 20)
     assert (config.batch_size, config.finetune_batch_size) == (20, 20)
 
 
@@ -4679,11 +4682,12 @@ def test_fuzzed_jsonl_files(times, garbage_data, tmp_path):
 def test_fuzzed_command_lines(times, tmp_path):
     """Flags and values of every program, right, wrong and misspelt: understood, or refused."""
     seen = set()
-    names = [run._flag_name(name) for name in run.Config.__dataclass_fields__]
-    words = [choice for item in run.Config.__dataclass_fields__.values()
+    names = [settings._flag_name(name) for name in settings.Config.__dataclass_fields__]
+    words = [choice for item in settings.Config.__dataclass_fields__.values()
              for choice in item.metadata.get("choices", ())]
     flag = st.sampled_from(names) | st.text("-abcdeinprst", max_size=9)
-    value = st.one_of(st.sampled_from(words + list(run.TEXTS + run.IMAGES) + ["tiny", "random"]),
+    names_of_sets = list(settings.TEXTS + settings.IMAGES)
+    value = st.one_of(st.sampled_from(words + names_of_sets + ["tiny", "random"]),
                       st.integers().map(str), st.floats().map(str), st.floats(0, 1).map(str),
                       st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])),
                       st.sampled_from(["", "-", "--", "~", "~x", "1m", "0.5m", "5", "9" * 5000]))
@@ -4694,7 +4698,7 @@ def test_fuzzed_command_lines(times, tmp_path):
         if {"-h", "--help"} & set(line):
             return
         seen.add(garbage_end([f"{name}.py", *line], tmp_path,
-                             lambda: run.parse(name, ""))[0])
+                             lambda: settings.parse(name, ""))[0])
 
     garbage_fuzz("command lines", times, check, name=st.sampled_from(PROGRAMS),
                  pairs=st.lists(st.tuples(flag, value), max_size=3), joined=st.booleans())
@@ -4782,7 +4786,7 @@ def test_our_steps_do_little_more_than_the_formulas_say(bench, tmp_path, modalit
     if modality == "text":  # full rows: padding is no formula's business
         case = replace(case, inputs=bench.bench.words(case.config, 8, 20))
     model = step.load(case)
-    config = step.settings(case, model, 1, True, False)
+    config = step.configured(case, model, 1, True, False)
     batch = step.drawn(case, stage, model, config, 0)
     needed, theirs = step.work(case, stage, batch)[1:]
     this = step.Timed(1, torch.device("cpu"))
@@ -4811,7 +4815,7 @@ def test_timing_changes_nothing(bench, tmp_path, modality):
     weights = []
     for this in (step.Timed(1, torch.device("cpu"), {"noise": lambda _: torch.rand(3)}), run.Run()):
         model = step.load(case)
-        config = step.settings(case, model, 3, False, False)
+        config = step.configured(case, model, 3, False, False)
         teacher = step.load(case, teacher=True).eval().requires_grad_(False)
         weights.append(distill.pretrain(model, teacher, case.inputs, config, 1, this))
     assert equal(*weights)
@@ -4909,7 +4913,7 @@ def test_transformers_computes_the_same_loss_and_the_flops_counted(bench, tmp_pa
     pytest.importorskip("transformers")
     case, step = bench_case(bench, tmp_path, modality, with_peer=True), bench.bench_step
     model = step.load(case)
-    config = step.settings(case, model, 1, True, False)
+    config = step.configured(case, model, 1, True, False)
     other = bench.bench_peer.Peer(stage, case.weights, case.text, case.classes, config,
                                   torch.device("cpu"), best=True)
     assert step.agree(case, stage, other) < 1e-4

@@ -34,7 +34,7 @@ from bench_step import STAGES, Case, measure
 
 import mae
 import mlm
-from support import fetch, images, run, texts
+from support import fetch, images, run, settings, texts
 
 PARTS = ("steps", "loading", "growth", "column")
 
@@ -122,7 +122,7 @@ def take_pictures(data_dir: Path, folder: Path, N: int) -> str:
 def loading(pictures: Path, about: str, side: int, turns: int, with_peer: bool,
             folder: Path) -> dict:
     """Seconds until all pictures of a folder were delivered as batches: ours, then their loader."""
-    where, files = run.device(run.Config()), sorted(pictures.iterdir())
+    where, files = settings.device(settings.Config()), sorted(pictures.iterdir())
 
     def deliver() -> Tensor:
         data = images.load(str(pictures), folder, side)
@@ -228,7 +228,7 @@ def main() -> None:
     versions = {"torch": torch.__version__}
     if args.peer:
         versions["transformers"] = bench_peer.installed().__version__
-    where = run.device(run.Config())
+    where = settings.device(settings.Config())
     gpu, path = where.type == "cuda", args.out / f"bench{'-tiny' * (args.size == 'tiny')}.json"
     record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     mine = record.setdefault(where.type, {})

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import mae
 import mlm
-from support import run
+from support import settings
 from support.fetch import BadInput
 from support.images import MEAN, STD
 
@@ -59,7 +59,7 @@ class Peer:
     """
 
     def __init__(self, stage: str, weights: tuple[Path, Path], text: bool, classes: int,
-                 config: run.Config, where: torch.device, best: bool) -> None:
+                 config: settings.Config, where: torch.device, best: bool) -> None:
         hub, self.text = installed(), text
         given = {"attn_implementation": "sdpa" if best else "eager"}
         lr, decay, self.clip = config.lr, config.weight_decay, config.clip

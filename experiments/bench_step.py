@@ -24,7 +24,7 @@ import distill
 import finetune
 import mae
 import mlm
-from support import run, texts
+from support import run, settings, texts
 
 STAGES = ("further pre-training", "self-distillation", "fine-tuning", "evaluation")
 TUNING = STAGES[2:]  # those with a classification head
@@ -118,10 +118,10 @@ class Timed(run.Run):
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def stage(self, *settings: object) -> Iterator[int]:
+    def stage(self, *about: object) -> Iterator[int]:
         """The loop's own steps, timed; what the loop does before them is `before`."""
         self.before = self.now() - self.began
-        return self.turns(super().stage(*settings))
+        return self.turns(super().stage(*about))
 
     def turns(self, steps: Iterable[int]) -> Iterator[int]:
         """Yields the steps given."""
@@ -161,17 +161,18 @@ def load(case: Case, teacher: bool = False) -> nn.Module:
     return (mlm.MLM if case.text else mae.MAE).from_pretrained(case.weights[teacher])
 
 
-def settings(case: Case, model: nn.Module, steps: int, exact: bool, compiled: bool) -> run.Config:
+def configured(case: Case, model: nn.Module, steps: int, exact: bool, compiled: bool
+               ) -> settings.Config:
     """The program's own defaults; exact: whatever lets two sides compute the same number."""
-    config = run.Config(
+    config = settings.Config(
         steps=steps, batch_size=case.batch, finetune_steps=steps, finetune_batch_size=case.batch,
         mask_prob=None if case.text else 0.75, compile=compiled, dropout=0.0 if exact else None,
         masking="fixed" if exact and not case.text else "bernoulli",
         precision="fp32" if exact else "auto")
-    return run.fill(config, model, len(case.inputs))
+    return settings.fill(config, model, len(case.inputs))
 
 
-def classifier(case: Case, model: nn.Module, config: run.Config) -> finetune.Classifier:
+def classifier(case: Case, model: nn.Module, config: settings.Config) -> finetune.Classifier:
     model.encoder.dropout.p = config.dropout
     return finetune.Classifier(model.encoder, case.classes, run.generator(config.seed, "head"))
 
@@ -180,8 +181,8 @@ def carry_out(case: Case, stage: str, this: Timed, steps: int, exact: bool = Fal
               compiled: bool = False) -> Tensor | None:
     """Run the project's own loop, its steps passing through `this`; returns evaluation's logits."""
     model, logits = load(case), None
-    config = settings(case, model, steps, exact, compiled)
-    where = run.device(config)
+    config = configured(case, model, steps, exact, compiled)
+    where = settings.device(config)
     if exact:
         model.encoder.dropout.p = 0.0
     if stage in STAGES[:2]:
@@ -201,10 +202,10 @@ def carry_out(case: Case, stage: str, this: Timed, steps: int, exact: bool = Fal
     return logits
 
 
-def drawn(case: Case, stage: str, model: nn.Module, config: run.Config,
+def drawn(case: Case, stage: str, model: nn.Module, config: settings.Config,
           step: int) -> bench_peer.Batch:
     """The batch and mask that the project's loop draws for a step, on the device."""
-    where, text = run.device(config), case.text
+    where, text = settings.device(config), case.text
     t, stream = int(stage == "self-distillation"), "order"
     if stage == "fine-tuning":
         stream = "labelled order"
@@ -245,11 +246,11 @@ def agree(case: Case, stage: str, other: bench_peer.Peer) -> float:
     """
     case = case.first(case.batch)
     model = load(case)
-    config = settings(case, model, 1, True, False)
+    config = configured(case, model, 1, True, False)
     if stage in TUNING:
         other.take_head(classifier(case, model, config).head())
     batch = drawn(case, stage, model, config, 0)
-    this = Timed(1, run.device(config))
+    this = Timed(1, settings.device(config))
     ours = carry_out(case, stage, this, 1, exact=True)
     other.model.eval()
     with torch.no_grad():
@@ -270,13 +271,13 @@ def measure(case: Case, stage: str, turns: int, with_peer: bool = False,
             compiled: bool = False) -> dict:
     """A row: seconds, FLOPs and examples a step, turn by turn, of ours, the others, the machine."""
     model = load(case)
-    where = run.device(run.Config())
+    where = settings.device(settings.Config())
     gpu = where.type == "cuda"
     if stage == "evaluation" and not gpu:
         case = case.first(2 * case.batch)
     if stage == "fine-tuning" and gpu:
         case = replace(case, batch=32)  # the paper's
-    config = settings(case, model, 1, False, compiled)
+    config = configured(case, model, 1, False, compiled)
     turn, warm = (10, 2) if gpu and stage != "evaluation" else (1, 1)  # waiting at each hides gain
     steps = (warm + turns) * turn
     if stage == "self-distillation":  # few enough to be seen once: the teacher is remembered
@@ -315,5 +316,5 @@ def measure(case: Case, stage: str, turns: int, with_peer: bool = False,
     return {"model": case.name, "stage": stage, "batch": case.batch, "compiled": compiled,
             "unit": "tokens" if case.text else "images", "examples": len(case.inputs),
             "before": getattr(this, "before", 0.0), "items": items, "seconds": taken["ours"],
-            "flops": needed, "peak": peak("bfloat16" if run.uses_bf16(config) else "float32"),
+            "flops": needed, "peak": peak("bfloat16" if settings.uses_bf16(config) else "float32"),
             "peers": peers}

@@ -19,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import distill
 import mae
-from support import fetch, images, run
+from support import fetch, images, run, settings
 
 TINY = mae.Config(image_size=40, patch_size=8, width=128, depth=4, heads=4, mlp=512,
                   decoder_width=64, decoder_depth=2, decoder_heads=4, decoder_mlp=256, eps=1e-6)
@@ -42,8 +42,8 @@ def reconstruction_loss(model: mae.MAE, x: torch.Tensor, mask: torch.Tensor,
 def train(model: mae.MAE, pixels: torch.Tensor, held_out: torch.Tensor, steps: int, alone: bool,
           args: argparse.Namespace) -> None:
     """One phase: AdamW, warm-up, cosine; saves what it has every 500 steps."""
-    settings = run.Config(lr=args.lr, betas=(0.9, 0.95), weight_decay=0.05)
-    optimiser = distill.adamw(model, settings)
+    config = settings.Config(lr=args.lr, betas=(0.9, 0.95), weight_decay=0.05)
+    optimiser = distill.adamw(model, config)
     phase, warmup, start = "class token" if alone else "draw", steps // 20, time.time()
     for step in range(steps):
         draws = run.generator(args.seed, phase, step)

@@ -32,7 +32,7 @@ import repeat
 import finetune
 import mae
 import mlm
-from support import fetch, run
+from support import fetch, run, settings
 
 # ----------------------------------------------------------------------------- settings
 
@@ -58,15 +58,15 @@ MILLISECONDS = {("laptop", "image"): (2.4, 1.8, 4.5), ("laptop", "text"): (8.0, 
 
 
 def modality(dataset: str) -> str:
-    return "text" if dataset in run.TEXTS else "image"
+    return "text" if dataset in settings.TEXTS else "image"
 
 
 def command(program: str, dataset: str, scale: str, seed: int, **changes: object
             ) -> tuple[str, ...]:
     """One run as the words of an ordinary command, with a folder of its own."""
-    settings = SETTINGS[scale, modality(dataset)] | changes
+    chosen = SETTINGS[scale, modality(dataset)] | changes
     words = [program, "--dataset", dataset]
-    for name, value in settings.items():
+    for name, value in chosen.items():
         if program == "finetune.py" and name in ("steps", "batch_size", "lr"):
             continue  # pre-training's
         words += ["--" + name.replace("_", "-"), f"{value:g}" if isinstance(value, float)
@@ -78,12 +78,12 @@ def command(program: str, dataset: str, scale: str, seed: int, **changes: object
 
 
 @functools.cache
-def filled(words: tuple[str, ...]) -> run.Config:
+def filled(words: tuple[str, ...]) -> settings.Config:
     """A command's settings with the defaults filled in, for the published number of examples."""
-    config = run.parse(words[0].removesuffix(".py"), "", list(words[1:]))
+    config = settings.parse(words[0].removesuffix(".py"), "", list(words[1:]))
     width = 128 if "laptop-" in words[-1] else 768  # of the weights; the folder names the scale
     model = SimpleNamespace(modality=config.modality, config=SimpleNamespace(width=width))
-    return run.fill(config, model, pages.PUBLISHED[config.dataset][0])
+    return settings.fill(config, model, pages.PUBLISHED[config.dataset][0])
 
 
 # ----------------------------------------------------------------------------- the cells
@@ -225,7 +225,7 @@ def stages(words: tuple[str, ...]) -> Iterable[tuple[tuple, str, float]]:
     """What a command trains: what it is, its kind, how many examples; equal things are shared."""
     config = filled(words)
     where = (config.dataset, config.init, config.train_size)
-    pick = [name for name in run.Config.__dataclass_fields__
+    pick = [name for name in settings.Config.__dataclass_fields__
             if name.startswith(("finetune_", f"{config.method}_"))]
     tuned = (config.seed, config.method, *(getattr(config, name) for name in pick))
     train, test, _ = pages.PUBLISHED[config.dataset]
@@ -276,7 +276,7 @@ def plan(cells: list[Cell], scale: str) -> list[tuple[tuple[str, ...], float | N
 
 def on_disk(dataset: str) -> tuple[int, int, int]:
     """Training and test examples and classes; `BadInput` where the data are not on disk."""
-    config = run.check(run.Config(dataset=dataset, init="tiny"))
+    config = settings.check(settings.Config(dataset=dataset, init="tiny"))
     data_dir = Path(config.data_dir).expanduser().absolute()
     if dataset in fetch.DATASETS and not (data_dir / fetch.DATASETS[dataset][0]).is_dir():
         raise fetch.BadInput(f"no folder {fetch.DATASETS[dataset][0]} in the data directory")

@@ -25,7 +25,7 @@ import distill
 import finetune
 import mae
 import mlm
-from support import fetch, run
+from support import fetch, run, settings
 
 SEED = 100  # of the tenth and of the trials; the tables use 0, 1, …
 DATASETS = {"image": ("cub", "flower"), "text": ("scierc", "twitter_emotion"),
@@ -58,14 +58,14 @@ def hold_out(data: fetch.Data, seed: int) -> fetch.Data:
                    test=take(held), test_labels=data.train_labels[held])
 
 
-def trial(dataset: str, settings: dict, method: str) -> float:
+def trial(dataset: str, chosen: dict, method: str) -> float:
     """The score on the held-out tenth, by the data set's own metric, 0 to 1."""
-    config = run.check(run.Config(
+    config = settings.check(settings.Config(
         dataset=dataset, init="tiny", seed=SEED,
-        method="finetune" if method == "further" else method, **settings))
+        method="finetune" if method == "further" else method, **chosen))
     model = run.load_model(mlm.MLM if config.modality == "text" else mae.MAE, config)
     data = hold_out(run.load_data(config, model), SEED)
-    config = run.fill(config, model, len(data.train))
+    config = settings.fill(config, model, len(data.train))
     if method == "further":
         model = distill.further_pretrain(model, data.train, config)
     return finetune.fine_tune(model, data, config, run.Run(), method)["score"]

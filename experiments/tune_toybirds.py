@@ -18,7 +18,7 @@ import repeat
 
 import finetune
 import mae
-from support import images, run
+from support import images, run, settings
 
 
 def main() -> None:
@@ -29,11 +29,11 @@ def main() -> None:
     parser.add_argument("--lr", type=float, help="of fine-tuning")
     args = parser.parse_args()
     model = mae.MAE.from_pretrained("tiny")
-    config = run.check(run.Config(finetune_steps=args.steps, finetune_lr=args.lr))
+    config = settings.check(settings.Config(finetune_steps=args.steps, finetune_lr=args.lr))
     data = run.load_data(config, model)
     pixels, labels = images.toybirds("validation", 50)
     data = replace(data, test=pixels, test_labels=labels)
-    config, results = run.fill(config, model, len(data.train)), {}
+    config, results = settings.fill(config, model, len(data.train)), {}
     for seed in args.seeds:
         scratch = mae.MAE(model.config, run.generator(seed, "init"))
         for label, start in (("bundled weights", model), ("random weights", scratch)):
