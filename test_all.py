@@ -1468,7 +1468,8 @@ def test_pydocs(tmp_path):
     ],
 )
 def test_real_texts(name, counts, tmp_path, monkeypatch):
-    monkeypatch.setattr(texts, "cache_folder", lambda data_dir: tmp_path)
+    real = fetch.cached
+    monkeypatch.setattr(fetch, "cached", lambda name, _, make: real(name, tmp_path, make))
     data = texts.load(name, os.environ["REAL_DATA"], text_tokenizer(), 512)
     assert (len(data.train), len(data.test), len(data.classes)) == (counts[0], counts[2], counts[3])
     assert f"{counts[1]} development texts" in data.note
@@ -3876,7 +3877,7 @@ def test_a_run_killed_at_random_moments_of_every_stage_ends_as_if_it_had_not_bee
 
 
 def test_damaged_files_of_a_run_are_named(tmp_path, monkeypatch):
-    """Its own are refused, a neighbour's are passed over, and half a line of the log is dropped."""
+    """Its own are refused, a neighbour's are passed over, and half a line is dropped."""
     model, data, config = labelled("image")
     config = replace(config, steps=4, batch_size=6, save_every="1", rounds=0)
 
@@ -3893,8 +3894,9 @@ def test_damaged_files_of_a_run_are_named(tmp_path, monkeypatch):
         patch.setattr(run.Run, "_sound", lambda self, *_: 1 / (self.step < 2))
         with pytest.raises(ZeroDivisionError):
             go("cut")
-    with open(tmp_path / "cut" / "log.jsonl", "a", encoding="utf-8") as file:
-        file.write('{"stage": "furth')
+    for name in ("log.jsonl", "timing.jsonl"):
+        with open(tmp_path / "cut" / name, "a", encoding="utf-8") as file:
+            file.write('{"stage": "furth')
     held = (tmp_path / "cut" / "checkpoint.safetensors").read_bytes()
     (tmp_path / "cut" / "checkpoint.safetensors").write_bytes(held[:-1])
     with pytest.raises(BadInput, match="checkpoint.safetensors is damaged .*delete it"):
@@ -3902,7 +3904,7 @@ def test_damaged_files_of_a_run_are_named(tmp_path, monkeypatch):
     (tmp_path / "cut" / "checkpoint.safetensors").write_bytes(held)
     assert equal(go("cut")[0], whole[0])
     logs = [(tmp_path / folder / "log.jsonl").read_bytes() for folder in ("whole", "cut")]
-    assert logs[0] == logs[1]
+    assert logs[0] == logs[1] and run.read_lines(tmp_path / "cut" / "timing.jsonl")
     (tmp_path / "cut" / "config.json").write_text("{")
     with pytest.raises(BadInput, match="config.json is not what this program wrote"):
         go("cut")
@@ -4389,14 +4391,37 @@ def test_a_damaged_cache_is_made_anew(kind, tmp_path):
         return texts.load(str(tmp_path / "set"), tmp_path, text_tokenizer(), 20)
 
     first = load()
-    for damage in (b"", b"noise" * 99):
-        for path in (tmp_path / "cache").iterdir():
+    files = sorted((tmp_path / "cache").iterdir())
+    good = [path.read_bytes() for path in files]
+    for damage in (lambda content: b"", lambda content: b"noise" * 99,
+                   lambda content: content[:-1] + bytes([content[-1] ^ 1])):  # one rotten bit
+        for path, content in zip(files, good):
             path.unlink()  # the old one is still mapped
-            path.write_bytes(damage)
+            path.write_bytes(damage(content))
         again = load()
         every = torch.arange(len(first.train))
         assert torch.equal(first.train[every], again.train[every])
         assert first.fingerprint == again.fingerprint
+        assert [path.read_bytes() for path in files] == good
+
+
+def test_what_killed_programs_left_is_swept_a_day_later(tmp_path, serve, monkeypatch):
+    """Half-written files and half-unpacked folders go, those that may still be in use stay."""
+    (tmp_path / "made").mkdir()
+    data_served(serve, monkeypatch, "flower", {
+        "102flowers.tgz": garbage_archive(tmp_path / "made", "jpg/a.jpg", tarfile.REGTYPE, b"x"),
+        "imagelabels.mat": b"labels", "setid.mat": b"ids"})
+    old, new = (tmp_path / f"a[1].json.{process}.part" for process in (11, 22))
+    folders = tmp_path / ".flowers102-old", tmp_path / ".flowers102-new"
+    for folder in folders:
+        (folder / "content").mkdir(parents=True)
+    old.write_bytes(b"{"), new.write_bytes(b"{")
+    for path in (old, folders[0]):
+        os.utime(path, (time.time() - 25 * 3600,) * 2)
+    run.write_json({}, tmp_path / "a[1].json")
+    fetch.dataset("flower", tmp_path)
+    assert not old.exists() and new.exists()
+    assert [folder.exists() for folder in folders] == [False, True]
 
 
 # ----------------------------------------------------------------------------- predictions

@@ -5,6 +5,7 @@ opened with `weights_only=True` and converted once), archives are unpacked membe
 """
 import contextlib
 import difflib
+import glob
 import hashlib
 import http.client
 import json
@@ -49,6 +50,14 @@ def warn(message: str) -> str:
     return f"; {message}"
 
 
+def sweep(folder: Path, pattern: str) -> None:
+    """Remove what matches and is a day old: a killed process left it, nobody writes that long."""
+    for left in folder.glob(pattern):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 24 * 3600:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
 @contextlib.contextmanager
 def whole(path: str | Path) -> Iterator[Path]:
     """A name to write `path` under, so that it appears complete and on the disk or not at all.
@@ -59,6 +68,7 @@ def whole(path: str | Path) -> Iterator[Path]:
     part = path.with_name(path.name + f".{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path.parent, f"{glob.escape(path.name)}.*.part")
         yield part
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
@@ -143,6 +153,34 @@ def save_weights(tensors: dict[str, torch.Tensor], config: dict, path: Path,
                   part, metadata={"config": json.dumps(config)} | {
                       name: value.encode(errors="backslashreplace").decode()  # names of any bytes
                       for name, value in lineage.items()})
+
+
+def _sums(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+    return {name: zlib.crc32(tensor.contiguous().numpy()) for name, tensor in tensors.items()}
+
+
+def cached(name: str, data_dir: str | Path,
+           make: Callable[[], tuple[dict[str, torch.Tensor], dict]]
+           ) -> tuple[dict[str, torch.Tensor], dict]:
+    """The tensors and facts of make(), from the second time on mapped from a file, not read.
+
+    name has to tell all that they depend on. The file lies in data_dir/cache or, where that cannot
+    be written, in the user's own cache; a damaged one, or one whose content rotted, is made anew.
+    """
+    folders = Path(data_dir) / "cache", Path.home() / ".cache" / "self-distillation"
+    paths = [folder / f"{name}.safetensors" for folder in folders]
+    for path in paths:
+        if path.exists():
+            with contextlib.suppress(BadInput):
+                tensors, kept = read_weights(path)
+                if kept.get("sums") == _sums(tensors):
+                    return tensors, kept["facts"]
+    tensors, facts = make()
+    for path in paths:
+        with contextlib.suppress(OSError):
+            save_weights(tensors, {"facts": facts, "sums": _sums(tensors)}, path)
+            return read_weights(path)[0], facts
+    return tensors, facts
 
 
 def translate(tensors: dict[str, torch.Tensor], table: dict[str, str | tuple[str, ...]],
@@ -503,6 +541,7 @@ def dataset(name: str, data_dir: str | Path) -> Path:
     print(f"{name} is not in {data_dir}; fetching {source}", flush=True)
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
+        sweep(data_dir, f".{title}-*")
         with tempfile.TemporaryDirectory(prefix=f".{title}-", dir=data_dir) as work:
             folder = Path(work) / title
             for file in files:

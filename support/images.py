@@ -8,7 +8,6 @@ import os
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +16,6 @@ import numpy as np
 import PIL
 import torch
 from PIL import Image, ImageDraw
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 from support import fetch
@@ -265,28 +263,18 @@ def _stamp(source: Path | np.ndarray, root: Path) -> object:
 
 def _cached(title: str, key: object, make: Callable[[], tuple[torch.Tensor, torch.Tensor | None]],
             data_dir: Path) -> tuple[torch.Tensor, torch.Tensor | None, str]:
-    """What make() returns, and its hash; from the second time on mapped from a file, not read."""
+    """What make() returns, and its hash, by way of the cache."""
+    def hashed() -> tuple[dict[str, torch.Tensor], dict]:
+        pixels, labels = make()
+        tensors = {"pixels": pixels} if labels is None else {"pixels": pixels, "labels": labels}
+        content = hashlib.sha256()
+        for tensor in tensors.values():
+            content.update(tensor.numpy())
+        return tensors, {"fingerprint": content.hexdigest()}
+
     key = hashlib.sha256(repr((VERSION, PIL.__version__, key)).encode()).hexdigest()
-    folders = data_dir / "cache", Path.home() / ".cache" / "self-distillation"
-    paths = [folder / f"{title}-{key[:16]}.safetensors" for folder in folders]
-    for path in paths:
-        if path.exists():
-            with suppress(BadInput, KeyError):  # a damaged one is made anew
-                return _mapped(path)
-    pixels, labels = make()
-    tensors = {"pixels": pixels} if labels is None else {"pixels": pixels, "labels": labels}
-    content = hashlib.sha256(pixels.numpy())
-    content.update(b"" if labels is None else labels.numpy())
-    for path in paths:  # the second is for a data_dir that cannot be written
-        with suppress(OSError, SafetensorError):
-            fetch.save_weights(tensors, {"fingerprint": content.hexdigest()}, path)
-            return _mapped(path)
-    return pixels, labels, content.hexdigest()
-
-
-def _mapped(path: Path) -> tuple[torch.Tensor, torch.Tensor | None, str]:
-    tensors, described = fetch.read_weights(path)
-    return tensors["pixels"], tensors.get("labels"), described["fingerprint"]
+    tensors, facts = fetch.cached(f"{title}-{key[:16]}", data_dir, hashed)
+    return tensors["pixels"], tensors.get("labels"), facts["fingerprint"]
 
 
 # ----------------------------------------------------------------------------- the seven data sets

@@ -318,8 +318,8 @@ def read_json(path: Path) -> dict:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The lines of a .jsonl that are complete: a full disk may have cut the last one short."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    """What the lines of a .jsonl of a run hold; `BadInput` where something else has been at it."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     try:
         return [json.loads(line) for line in lines]
     except ValueError as error:
@@ -417,6 +417,10 @@ class Run:
             # of a process that was killed while it, or safetensors, wrote
             for part in [*folder.glob("*.part"), *folder.glob(".tmp*")]:
                 part.unlink()
+            for path in folder.glob("*.jsonl"):  # a line may have been cut short
+                if not (content := path.read_bytes()).endswith(b"\n"):
+                    with fetch.whole(path) as part:
+                        part.write_bytes(content[:content.rfind(b"\n") + 1])
         asked = recorded(config)
         self.lineage = {name: str(getattr(config, name)) for name in ("dataset", "init", "seed")}
         self.lineage |= {name: str(value) for name, value in facts.items()}

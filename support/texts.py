@@ -9,12 +9,10 @@ import ast
 import hashlib
 import json
 import math
-import os
 import re
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -81,11 +79,8 @@ def load(name: str, data_dir: str | Path, tokenizer: Tokenizer | None, max_lengt
     # this file's own text is part of the key: a changed reader must not meet an old cache
     key = digest(fingerprint, str(files[0]), tokenizer.to_str(), str(max_length),
                  Path(__file__).read_bytes())
-    path = cache_folder(data_dir) / f"{Path(name).stem[:50]}-{key[:16]}.safetensors"
-    tensors, stored = {}, {}
-    with suppress(BadInput):  # there is none, or it is damaged
-        tensors, stored = fetch.read_weights(path)
-    if not stored:
+
+    def make() -> tuple[dict[str, Tensor], dict]:
         train, test, classes, note = read(files)
         tensors, truncated = {}, {}
         for split, rows in (("train", train), ("test", test)):
@@ -99,10 +94,10 @@ def load(name: str, data_dir: str | Path, tokenizer: Tokenizer | None, max_lengt
                 labels = [label for _, label in rows]
                 tensors[f"{split}.labels"] = label_ids(labels, classes, f"{name} ({split})")
         known = {text for text, _ in train}
-        stored = {"classes": classes, "note": note, "truncated": truncated,
-                  "shared": sum(text in known for text, _ in test)}
-        fetch.save_weights(tensors, stored, path)
-        tensors, stored = fetch.read_weights(path)
+        return tensors, {"classes": classes, "note": note, "truncated": truncated,
+                         "shared": sum(text in known for text, _ in test)}
+
+    tensors, stored = fetch.cached(f"{Path(name).stem[:50]}-{key[:16]}", data_dir, make)
     note, counts = stored["note"], {split: len(tensors[f"{split}.offsets"]) - 1
                                     for split in ("train", "test")}
     if stored["shared"]:
@@ -175,17 +170,6 @@ def label_ids(labels: list[str], classes: list[str], where: str) -> Tensor:
         raise BadInput(f"{where} has the label {unseen[0]!r}, which no training text has: "
                        f"they have {', '.join(classes)}")
     return torch.tensor([classes.index(label) for label in labels])
-
-
-def cache_folder(data_dir: str | Path) -> Path:
-    """`cache` in data_dir or, where that cannot be written, in the user's own cache."""
-    folder = Path(data_dir) / "cache"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK)
-    except OSError:
-        writable = False
-    return folder if writable else Path.home() / ".cache" / "self-distillation"
 
 
 # ----------------------------------------------------------------------------- files
