@@ -3623,7 +3623,9 @@ def test_a_stopped_run_says_how_to_go_on_and_a_running_one_is_locked(life, tmp_p
 @posix
 @pytest.mark.slow
 def test_processes_stop_together_and_carry_on(tmp_path):
-    """One of two is told to stop: both do, after the same step, with a checkpoint."""
+    """One of two is told to stop: both do, after the same step; one fails: both say so."""
+    import resource
+
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     words = ["distill.py", "--smoke", "--steps", "60", "--save-every", "2", "--device", "cpu",
@@ -3641,6 +3643,13 @@ def test_processes_stop_together_and_carry_on(tmp_path):
     resumes = [line for line in shown.splitlines() if line.startswith("stopped; to carry on: ")]
     assert len(resumes) == 1 and "torchrun --nproc-per-node=2 distill.py" in resumes[0], shown
     assert (tmp_path / "a" / "run" / "checkpoint.safetensors").exists()
+    # rank 0 alone writes, so its disk alone is full
+    both = life_started([*torchrun, *words], tmp_path / "a" / "run", preexec_fn=lambda: (
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))))
+    shown = both.communicate(timeout=120)[1]
+    told = sorted(line for line in shown.splitlines() if line.startswith("error: "))
+    assert len(told) == 2 and "[rank" not in shown, shown
+    assert "cannot be written" in told[0] and "another of the processes has ended" in told[1]
     for first, folder in ((torchrun, "a"), (torchrun, "b")):
         done = program(*first, *words, "--out", str(tmp_path / folder / "run"))
         assert done.returncode == 0, done.stderr

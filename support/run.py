@@ -771,6 +771,9 @@ def program(main: Callable[[], None]) -> None:
               "what was saved")
         sys.exit(1)
     except (MemoryError, RuntimeError) as error:
+        if parallel.world() > 1 and re.search("gloo|NCCL|Connection", str(error)):
+            _tell("another of the processes has ended: its own message tells why")
+            sys.exit(1)
         short = re.search("out of memory|can't allocate|not enough memory|ALLOC_FAILED", str(error))
         if not short and not isinstance(error, MemoryError):
             raise
