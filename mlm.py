@@ -15,6 +15,7 @@ of a batch (at most B·K), M the masked ones. A batch is as wide as its longest 
 is padding: everything but attention runs on the N real tokens, packed into one [N, D] matrix.
 """
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from support import fetch, run, settings
+from support import fetch, parallel, run, settings
 from support.fetch import BadInput
 
 RECIPES = ("mask", "80-10-10")
@@ -87,6 +88,13 @@ class Block(nn.Module):
         return self.norm2(x + self.dropout(self.fc2(F.gelu(self.fc1(x)))))
 
 
+def add_rows(matrix: Tensor, rows: Tensor, gradient: Tensor) -> None:
+    """Add the gradient [N, D] of so many of a matrix's rows Long[N] to the matrix's own."""
+    if matrix.grad is None:
+        matrix.grad = torch.zeros_like(matrix)
+    matrix.grad.index_add_(0, rows, gradient)
+
+
 class Encoder(nn.Module):
     """f_θ: token ids to one vector a token."""
 
@@ -106,7 +114,7 @@ class Encoder(nn.Module):
 
         attention defaults to what is not padding. noise [B, K, D] is added to the word embeddings,
         which are then constants: R3F (Aghajanyan et al. 2021) does not train what it perturbs.
-        tied: the head's use of the word embedding, whose gradient is dense, is in the same loss.
+        tied: the head uses the word embedding, too, in the same loss.
         """
         config, (B, K) = self.config, ids.shape
         assert K <= config.max_length, f"{K} tokens, the model takes at most {config.max_length}"
@@ -114,8 +122,12 @@ class Encoder(nn.Module):
         attention = real if attention is None else attention.bool()
         place = attention.flatten().nonzero().squeeze(1)  # [N]
         order = (real.cumsum(1) * real).flatten()[place]  # [N], counts from 1
-        # a few words' gradient added to the head's dense one, not a second [V, D] of zeros
-        word = F.embedding(ids.flatten()[place], self.word.weight, sparse=tied)  # [N, D]
+        rows = ids.flatten()[place]  # [N]
+        word = self.word(rows)  # [N, D]
+        if tied and word.requires_grad and parallel.world() == 1:  # several would average too early
+            # the head's gradient [V, D] is there by then: few rows go into it, not another [V, D]
+            word = word.detach().requires_grad_()
+            word.register_hook(partial(add_rows, self.word.weight, rows))
         if noise is not None:
             word = word.detach() + noise.flatten(0, 1)[place]  # [N, D]
         # RoBERTa's positions start behind the padding id

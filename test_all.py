@@ -946,6 +946,26 @@ def test_text_passes_as_one_batch_are_two_passes():
     assert model(ids, mask, False, corrupted)[1] is None
 
 
+@pytest.mark.parametrize("parts", ["loss", "hidden", "both"])
+def test_gradients_of_the_words_are_added_up(parts):
+    """Where the head shares the words (`tied`): what plain autograd makes of its two uses."""
+    model, ids = small("text")
+    model.eval()
+    mask = random_mask(20, 9) & ~torch.isin(ids, torch.tensor(model.config.special_ids))
+    corrupted = ids.masked_fill(mask, model.config.mask_id)
+    weights = {"loss": (1, 0), "hidden": (0, 1), "both": (1, 2)}[parts]
+
+    def gradient(tied: bool) -> torch.Tensor:
+        model.zero_grad()
+        for _ in range(2):  # as two parts of a batch add up
+            hidden = [model.encoder(x, tied=tied) for x in (corrupted, ids)]
+            terms = model.nll(hidden[0], ids, mask).sum(), hidden[1].square().sum()
+            sum(weight * term for weight, term in zip(weights, terms) if weight).backward()
+        return model.encoder.word.weight.grad
+
+    close(gradient(True), gradient(False), 1e-5)  # float32 sums in another order
+
+
 @pytest.mark.parametrize("match", ["hidden", "prediction", "l2"])
 @pytest.mark.parametrize("modality", ["image", "text"])
 def test_accumulated_parts_are_the_whole_batch(modality, match):
@@ -997,7 +1017,8 @@ def test_a_step_costs_the_same_however_many_were_done(modality):
                                   if issubclass(type(x), torch.Tensor))
 
     teacher = copy.deepcopy(initial).eval().requires_grad_(False)
-    config = settings.fill(config_of(steps=10), initial, 20)
+    # all 20 texts each time: as many tokens
+    config = settings.fill(config_of(steps=10, batch_size=20), initial, 20)
     distill.pretrain(copy.deepcopy(initial), teacher, inputs, config, 1, Counting())
     assert held[9] == held[3]
 
