@@ -106,17 +106,21 @@ def steps(cases: list[Case], turns: int, with_peer: bool, gpu: bool) -> list[dic
 
 
 def take_pictures(data_dir: Path, folder: Path, N: int) -> str:
-    """Fill a folder with N pictures of CUB or, where it is not on disk, with drawn birds."""
+    """Fill a folder with N JPEG files of 500 × 375, CUB's usual size: its pictures, or drawn birds.
+
+    Copies of CUB that one may pass on are smaller; a file's size decides what decoding costs.
+    """
     files = sorted((data_dir / "CUB_200_2011" / "images").rglob("*.jpg"))
     chosen = torch.randperm(len(files), generator=run.generator("bench files"))[:N].tolist()
     folder.mkdir()
-    for i in chosen:
-        shutil.copyfile(files[i], folder / files[i].name)
-    if not chosen:
-        for i, bird in enumerate(images.toybirds("train", -(-N // 20), 80)[0][:N]):
-            images.Image.fromarray(bird.permute(1, 2, 0).numpy()).save(folder / f"{i}.jpg")
+    found = [images.Image.open(files[i]) for i in chosen] or [
+        images.Image.fromarray(bird.permute(1, 2, 0).numpy())
+        for bird in images.toybirds("train", -(-N // 20), 80)[0][:N]]
+    for i, picture in enumerate(found):
+        picture.convert("RGB").resize((500, 375)).save(folder / f"{i}.jpg", quality=95)
     size = sum(file.stat().st_size for file in folder.iterdir()) / N / 1000
-    return f"{N} {'pictures of CUB' if chosen else 'drawn birds'}, {size:.1f} kB each"
+    return (f"{N} {'pictures of CUB' if chosen else 'drawn birds'} brought to 500 × 375, "
+            f"{size:.0f} kB each")
 
 
 def loading(pictures: Path, about: str, side: int, turns: int, with_peer: bool,
