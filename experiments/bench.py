@@ -160,7 +160,8 @@ def processes(weights: Path, pictures: Path, batch: int, count: int, folder: Pat
     out, threads = folder / f"processes-{count}", max(1, torch.get_num_threads() // count)
     command = ["-m", "torch.distributed.run", "--nproc-per-node", str(count), "distill.py",
                "--dataset", str(pictures), "--data-dir", str(folder), "--init", str(weights),
-               "--steps", "8", "--batch-size", str(batch), "--rounds", "0", "--out", str(out)]
+               "--steps", "8", "--batch-size", str(batch), "--rounds", "0", "--out", str(out),
+               "--seed", str(count)]  # or the second would take over what the first made
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": str(threads)})
     path = out / "timing.jsonl"
