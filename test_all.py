@@ -1044,8 +1044,10 @@ def test_two_processes_are_one(words, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()  # apart, or the second would take what the first has made
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    one = program(*words, "--out", str(tmp_path / "a" / "run"))
-    two = program(*torchrun, *words, "--out", str(tmp_path / "b" / "run"))
+    with ThreadPoolExecutor(2) as pool:
+        one, two = pool.map(lambda line: program(*line), (
+            (*words, "--out", str(tmp_path / "a" / "run")),
+            (*torchrun, *words, "--out", str(tmp_path / "b" / "run"))))
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     assert two.stdout.count("self-distillation") == 1  # only one of them prints
     a, b = tmp_path / "a" / "run", tmp_path / "b" / "run"
@@ -2898,8 +2900,9 @@ def test_mistakes_are_one_sentence_and_status_2(flags, said, tmp_path):
 def test_flags_are_the_same_in_every_program():
     """One name, one help text, and all the flags that the programs are to have."""
     seen = {}
-    for name in PROGRAMS:
-        shown = program(f"{name}.py", "--help").stdout
+    with ThreadPoolExecutor(2) as pool:
+        helps = list(pool.map(lambda name: program(f"{name}.py", "--help").stdout, PROGRAMS))
+    for shown in helps:
         for flag, text in re.findall(r"\n  (--[a-z0-9-]+)(.*?)(?=\n  --|\Z)", shown, re.S):
             text = " ".join(text.split())
             assert seen.setdefault(flag, text) == text or flag == "--dataset", flag
@@ -3617,6 +3620,7 @@ def test_progress_is_whole_lines_where_the_output_is_a_file(life):
 
 
 @posix
+@pytest.mark.slow
 def test_a_stopped_run_says_how_to_go_on_and_a_running_one_is_locked(life, tmp_path):
     words, whole, _ = life
     out = tmp_path / "out"
