@@ -114,7 +114,8 @@ class Encoder(nn.Module):
 
         attention defaults to what is not padding. noise [B, K, D] is added to the word embeddings,
         which are then constants: R3F (Aghajanyan et al. 2021) does not train what it perturbs.
-        tied: the head uses the word embedding, too, in the same loss.
+        tied: the head uses the word embedding, too, in the same loss, and `.backward()` is called
+        on it: `torch.autograd.grad` would miss these rows.
         """
         config, (B, K) = self.config, ids.shape
         assert K <= config.max_length, f"{K} tokens, the model takes at most {config.max_length}"
@@ -195,7 +196,7 @@ class MLM(nn.Module):
         """
         x_hat = ids.masked_fill(mask, self.config.mask_id) if corrupted is None else corrupted
         attention = ids != self.config.pad_id if attention is None else attention
-        return self.nll(self.encoder(x_hat, attention, tied=True), ids, mask)  # [B]
+        return self.nll(self.encoder(x_hat, attention), ids, mask)  # [B]
 
     def nll(self, hidden: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """The loss [B] of hidden states f_θ(x̂) [B, K, D]."""
@@ -217,7 +218,7 @@ class MLM(nn.Module):
         """
         attention = ids != self.config.pad_id  # [B, K]
         if not unmasked:
-            return self.loss(ids, mask, attention, corrupted), None
+            return self.nll(self.encoder(corrupted, attention, tied=True), ids, mask), None
         both = torch.cat([corrupted, ids])  # [2B, K]
         both = self.encoder(both, attention.repeat(2, 1), tied=True)  # [2B, K, D]
         masked, hidden = both.chunk(2)  # 2 of [B, K, D]

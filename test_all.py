@@ -966,6 +966,17 @@ def test_gradients_of_the_words_are_added_up(parts):
     close(gradient(True), gradient(False), 1e-5)  # float32 sums in another order
 
 
+def test_the_masked_loss_may_be_differentiated_without_backward():
+    """`MLM.loss` is plain autograd: torch.autograd.grad finds both uses of the words."""
+    model, ids = small("text")
+    model.eval()
+    mask = random_mask(20, 9) & ~torch.isin(ids, torch.tensor(model.config.special_ids))
+    word = model.encoder.word.weight
+    asked, = torch.autograd.grad(model.loss(ids, mask).sum(), word)
+    model(ids, mask, False, ids.masked_fill(mask, model.config.mask_id))[0].sum().backward()
+    close(asked, word.grad, 1e-5)  # float32 sums in another order
+
+
 @pytest.mark.parametrize("match", ["hidden", "prediction", "l2"])
 @pytest.mark.parametrize("modality", ["image", "text"])
 def test_accumulated_parts_are_the_whole_batch(modality, match):
@@ -2551,10 +2562,12 @@ def test_cache_goes_home_where_the_data_folder_cannot_be_written(tmp_path, monke
     data_pictures(tmp_path / "set" / "a", 5)
     (tmp_path / "file").write_text("")
     home = tmp_path / "home"
-    monkeypatch.setattr(Path, "home", lambda: home)
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(home))
     first = images.load(str(tmp_path / "set"), tmp_path / "file", 8)
     assert len(serve_only(home / ".cache" / "self-distillation")) == 2
-    monkeypatch.setattr(Path, "home", lambda: tmp_path / "file")  # and where neither can
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path / "file"))  # and where neither can
     assert torch.equal(images.load(str(tmp_path / "set"), tmp_path / "file", 8).train, first.train)
 
 
@@ -3675,7 +3688,7 @@ def test_processes_stop_together_and_carry_on(tmp_path):
     shown = both.communicate(timeout=120)[1]
     told = sorted(line for line in shown.splitlines() if line.startswith("error: "))
     assert len(told) == 2 and "[rank" not in shown, shown
-    assert "cannot be written" in told[0] and "another of the processes has ended" in told[1]
+    assert "cannot be written" in told[0] and "one ended, its own message tells why (" in told[1]
     for first, folder in ((torchrun, "a"), (torchrun, "b")):
         done = program(*first, *words, "--out", str(tmp_path / folder / "run"))
         assert done.returncode == 0, done.stderr
@@ -3842,9 +3855,10 @@ def life_stage(out: Path, data: Path, title: str, since: int) -> str:
     if (out / "results.json").exists():
         return "results"
     if log.exists():
-        lines = run.read_lines(log)
-        fresh = lines and log.stat().st_mtime_ns > since
-        return f"{lines[-1]['stage']} {lines[-1]['round']}" if fresh else "start"
+        # while a line is being written its beginning may be there alone
+        lines = log.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
+        fresh, last = lines and log.stat().st_mtime_ns > since, json.loads((lines or ["{}"])[-1])
+        return f"{last['stage']} {last['round']}" if fresh else "start"
     if (data / title).is_dir():
         return "decode"
     # os.walk passes over what vanishes meanwhile
@@ -3909,6 +3923,48 @@ def test_a_run_killed_at_random_moments_of_every_stage_ends_as_if_it_had_not_bee
     print(f"{len(killed)} kills, {sum(part for _, part in killed)} amid a file: {counts}")
     assert len(killed) >= LIFE_KILLS and all(counts[stage] for stage in LIFE_STAGES[:-1])
     assert life_same(out, tmp_path / "whole" / "runs" / "out")
+
+
+@posix
+def test_a_folder_that_another_program_holds_is_refused(tmp_path):
+    """The lock is the system's: it goes with its holder, and without it the folder is free."""
+    import fcntl
+
+    with open(tmp_path / "lock", "w+", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        print("process 7 on that machine", file=file, flush=True)
+        with pytest.raises(BadInput, match=r"(?s)still running \(process 7 on that machine"):
+            run.Run(tmp_path, run.Config())
+        assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+    run.Run(tmp_path, run.Config())
+    assert f"process {os.getpid()} on " in (tmp_path / "lock").read_text(encoding="utf-8")
+
+
+def test_a_run_leaves_other_files_of_its_folder_alone(tmp_path):
+    """--out may hold one's own files; what could be lost by being taken for a run's is refused."""
+    config, mine = run.Config(), {"train.jsonl": b"a\nb", "notes.part": b"x", "a.tmp": b"y",
+                                  ".tmp": b"z", "movie.part.mp4": b"w"}
+    for name, content in mine.items():
+        (tmp_path / name).write_bytes(content)
+    run.Run(tmp_path, config)
+    litter = [tmp_path / name for name in ("rows.json.123.part", "teacher.part", ".tmpAb1")]
+    for path in litter:
+        path.write_bytes(b"half")
+    (tmp_path / "log.jsonl").write_bytes(b'{"step": 0}\n{"st')
+    with pytest.raises(BadInput, match="holds a run with other settings"):
+        run.Run(tmp_path, replace(config, seed=1))
+    assert all(path.exists() for path in litter)  # refused before anything is changed
+    run.Run(tmp_path, config)
+    assert not any(path.exists() for path in litter)
+    assert run.read_lines(tmp_path / "log.jsonl") == [{"step": 0}]
+    assert {name: (tmp_path / name).read_bytes() for name in mine} == mine
+    for name, content in (("log.jsonl", "not ours"), ("results.json", "{}"), ("config.json", "{}")):
+        folder = tmp_path / f"with {name}"
+        folder.mkdir()
+        (folder / name).write_text(content)
+        with pytest.raises(BadInput, match=f"{name} (of|is of) something else than a run"):
+            run.Run(folder, config)
+        assert (folder / name).read_text() == content
 
 
 def test_damaged_files_of_a_run_are_named(tmp_path, monkeypatch):
@@ -4019,7 +4075,9 @@ GARBAGE_FLAGS = [  # (command line, what the message has in it)
     ("distill.py --dataset nowhere/train.jsonl", "no data set 'nowhere/train.jsonl'"),
     ("distill.py --dataset ~nobody-of-that-name", "no data set"), ("distill.py --out=", "is empty"),
     ("distill.py --dataset=", "is empty"), ("distill.py --out README.md", "is a file"),
-    (f"distill.py --dataset {'9' * 300}", "no data set"),  # longer than a file's name may be
+    *((f"{words} {'9' * 300}", "is longer than a file's name may be: use a shorter one")
+      for words in ("distill.py --dataset", "distill.py --init", "distill.py --out",
+                    "mae.py --data-dir", "finetune.py --init README.md --predict")),
     ("distill.py --save-every=--", "--save-every is "),  # empty, to Python 3.11's argparse
     ("distill.py --data-dir README.md", "is a file"), ("distill.py --init ~nobody/x", "no weights"),
     # combinations
@@ -4428,8 +4486,13 @@ def test_a_damaged_cache_is_made_anew(kind, tmp_path):
     first = load()
     files = sorted((tmp_path / "cache").iterdir())
     good = [path.read_bytes() for path in files]
-    for damage in (lambda content: b"", lambda content: b"noise" * 99,
-                   lambda content: content[:-1] + bytes([content[-1] ^ 1])):  # one rotten bit
+
+    def rotten(place: int) -> object:  # one bit
+        return lambda content: content[:place] + bytes([content[place] ^ 1]) + content[place + 1:]
+
+    header = good[0][:8 + int.from_bytes(good[0][:8], "little")].rstrip()
+    for damage in (lambda content: b"", lambda content: b"noise" * 99, rotten(len(good[0]) - 1),
+                   *map(rotten, range(0, len(header), 7))):
         for path, content in zip(files, good):
             path.unlink()  # the old one is still mapped
             path.write_bytes(damage(content))
@@ -4440,23 +4503,27 @@ def test_a_damaged_cache_is_made_anew(kind, tmp_path):
         assert [path.read_bytes() for path in files] == good
 
 
-def test_what_killed_programs_left_is_swept_a_day_later(tmp_path, serve, monkeypatch):
-    """Half-written files and half-unpacked folders go, those that may still be in use stay."""
+def test_what_killed_programs_left_is_swept_a_week_later(tmp_path, serve, monkeypatch):
+    """Half-written caches and half-unpacked folders go, those that may still be in use stay."""
     (tmp_path / "made").mkdir()
     data_served(serve, monkeypatch, "flower", {
         "102flowers.tgz": garbage_archive(tmp_path / "made", "jpg/a.jpg", tarfile.REGTYPE, b"x"),
         "imagelabels.mat": b"labels", "setid.mat": b"ids"})
-    old, new = (tmp_path / f"a[1].json.{process}.part" for process in (11, 22))
-    folders = tmp_path / ".flowers102-old", tmp_path / ".flowers102-new"
-    for folder in folders:
-        (folder / "content").mkdir(parents=True)
-    old.write_bytes(b"{"), new.write_bytes(b"{")
-    for path in (old, folders[0]):
-        os.utime(path, (time.time() - 25 * 3600,) * 2)
-    run.write_json({}, tmp_path / "a[1].json")
-    fetch.dataset("flower", tmp_path)
-    assert not old.exists() and new.exists()
-    assert [folder.exists() for folder in folders] == [False, True]
+    for days in (6, 8):
+        caches = [tmp_path / "cache" / name for name in
+                  (f"set-0.safetensors.{days}.part", f".tmpA{days}")]
+        folder = tmp_path / f".flowers102-{days}"
+        (folder / "content").mkdir(parents=True), caches[0].parent.mkdir(exist_ok=True)
+        for path in caches:
+            path.write_bytes(b"{")
+        for path in (*caches, folder):
+            os.utime(path, (time.time() - days * 24 * 3600,) * 2)
+    for _ in "12":  # there to be fetched, and there already
+        fetch.dataset("flower", tmp_path)
+    fetch.cached("set", tmp_path, lambda: ({"a": torch.zeros(1)}, {}))
+    left = sorted(path.name for path in tmp_path.rglob("*") if "made" not in path.parts
+                  and path.name[-1] in "68" or path.suffix == ".part")
+    assert left == [".flowers102-6", ".tmpA6", "set-0.safetensors.6.part"]
 
 
 # ----------------------------------------------------------------------------- predictions
@@ -4659,20 +4726,19 @@ def garbage_ran(words: list, start: object) -> tuple[int, str]:
     return status, shown
 
 
-GARBAGE_TURNS = itertools.count(1)  # every 200th is a process of its own, which takes seconds
-
-
-def garbage_end(words: list, root: Path, start: object = None) -> tuple[int, str]:
+def garbage_end(words: list, root: Path, alone: bool,
+                start: object = None) -> tuple[int, str]:
     """A program's status and standard error; it ends as it should and writes to root/out alone.
 
-    start: the reading of its flags, to run that alone.
+    alone: in a process of its own, which takes seconds. start: the reading of its flags, to run
+    that alone.
     """
     name = words[0].removesuffix(".py")
     before = {path for path in root.rglob("*")}, serve_only(ROOT)
-    if next(GARBAGE_TURNS) % 200 == 0:
-        alone = ["-c", "import sys; from support import run, settings; "
-                 "run.program(lambda: settings.parse(sys.argv.pop(1), ''))", name, *words[1:]]
-        done = program(*map(str, alone if start else words))
+    if alone:
+        reading = ["-c", "import sys; from support import run, settings; "
+                   "run.program(lambda: settings.parse(sys.argv.pop(1), ''))", name, *words[1:]]
+        done = program(*map(str, reading if start else words))
         status, shown = done.returncode, done.stderr
     else:
         status, shown = garbage_ran(words, start or importlib.import_module(name).main)
@@ -4693,15 +4759,31 @@ garbage_often = pytest.mark.parametrize("times", [
 
 
 def garbage_fuzz(what: str, times: int, check: object, **strategies: object) -> None:
-    """Call check with as many draws of its arguments as the table says."""
-    hypothesis_settings(max_examples=times * GARBAGE_FUZZ[what], deadline=None, database=None,
-                        derandomize=times == 1)(given(**strategies)(check))()
+    """Call check with as many draws of its arguments as the table says, some with alone=True."""
+    turns = itertools.count()
+
+    @hypothesis_settings(max_examples=times * GARBAGE_FUZZ[what], deadline=None, database=None,
+                         derandomize=times == 1)
+    @given(**strategies)
+    def one(**drawn: object) -> None:
+        check(**drawn, alone=next(turns) % 150 == 40)
+
+    one()
 
 
 def garbage_start(tmp_path: Path, data: Path) -> list:
     """Flags for a program that writes below tmp_path alone; what it needs is cached there."""
     shutil.copytree(data / "cache", tmp_path / "cache")
     return ["--smoke", "--data-dir", tmp_path]
+
+
+def test_the_home_folder_is_known_where_a_data_sets_kind_is_asked(tmp_path, monkeypatch):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text("")
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    with pytest.raises(BadInput, match="--pixels does nothing for text"):
+        settings.parse("distill", "", ["--dataset=~/set", "--pixels", "raw"])
 
 
 @garbage_often
@@ -4712,14 +4794,14 @@ def test_fuzzed_weight_files(times, garbage_data, tmp_path):
     place = st.one_of(st.integers(0, 9), st.integers(8, 9000), st.integers(0, 3_000_000))
     changes = st.lists(st.tuples(place, st.binary(min_size=1, max_size=6)), max_size=4)
 
-    def check(kind: str, changes: list, cut: int | None) -> None:
+    def check(kind: str, changes: list, cut: int | None, alone: bool) -> None:
         content = bytearray((ROOT / "weights" / f"tiny-{kind}.safetensors").read_bytes())
         for start, new in changes:
             content[start:start + len(new)] = new
         (tmp_path / "w.safetensors").write_bytes(content[:cut])
         out = ["--out", tmp_path / "out"] * (kind == "mae")
         words = [f"{kind}.py", "--init", tmp_path / "w.safetensors", *flags, *out]
-        status, _ = garbage_end(words, tmp_path)
+        status, _ = garbage_end(words, tmp_path, alone)
         seen.add(status)
         # what was neither cut nor changed is taken; what was cut never is
         assert status == 0 if not changes and cut is None else status == 2 or cut is None
@@ -4744,10 +4826,10 @@ def test_fuzzed_jsonl_files(times, garbage_data, tmp_path):
                      GARBAGE_JSON.map(json.dumps), st.text(max_size=20)).map(
                          lambda text: text.encode(errors="replace")) | st.binary(max_size=20)
 
-    def check(lines: list) -> None:
+    def check(lines: list, alone: bool) -> None:
         (tmp_path / "a.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
         status, shown = garbage_end(["mlm.py", "--dataset", tmp_path / "a.jsonl", "--init",
-                                     "tiny", *flags], tmp_path)
+                                     "tiny", *flags], tmp_path, alone)
         seen.add(status)
         assert status == 0 or status == 2 and "a.jsonl" in shown
 
@@ -4770,12 +4852,12 @@ def test_fuzzed_command_lines(times, tmp_path):
                       st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])),
                       st.sampled_from(["", "-", "--", "~", "~x", "1m", "0.5m", "5", "9" * 5000]))
 
-    def check(name: str, pairs: list, joined: bool) -> None:
+    def check(name: str, pairs: list, joined: bool, alone: bool) -> None:
         line = [f"{a}={b}" for a, b in pairs] if joined else [word for pair in pairs
                                                               for word in pair]
         if {"-h", "--help"} & set(line):
             return
-        seen.add(garbage_end([f"{name}.py", *line], tmp_path,
+        seen.add(garbage_end([f"{name}.py", *line], tmp_path, alone,
                              lambda: settings.parse(name, ""))[0])
 
     garbage_fuzz("command lines", times, check, name=st.sampled_from(PROGRAMS),

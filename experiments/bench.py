@@ -113,10 +113,10 @@ def take_pictures(data_dir: Path, folder: Path, N: int) -> str:
     files = sorted((data_dir / "CUB_200_2011" / "images").rglob("*.jpg"))
     chosen = torch.randperm(len(files), generator=run.generator("bench files"))[:N].tolist()
     folder.mkdir()
-    found = [images.Image.open(files[i]) for i in chosen] or [
+    found = (images.Image.open(files[i]) for i in chosen) if chosen else (
         images.Image.fromarray(bird.permute(1, 2, 0).numpy())
-        for bird in images.toybirds("train", -(-N // 20), 80)[0][:N]]
-    for i, picture in enumerate(found):
+        for bird in images.toybirds("train", -(-N // 20), 80)[0][:N])
+    for i, picture in enumerate(found):  # one open file at a time
         picture.convert("RGB").resize((500, 375)).save(folder / f"{i}.jpg", quality=95)
     size = sum(file.stat().st_size for file in folder.iterdir()) / N / 1000
     return (f"{N} {'pictures of CUB' if chosen else 'drawn birds'} brought to 500 × 375, "
@@ -130,8 +130,9 @@ def loading(pictures: Path, about: str, side: int, turns: int, with_peer: bool,
 
     def deliver() -> Tensor:
         data = images.load(str(pictures), folder, side)
-        return [run.batch(data.train, index, where)
-                for index in torch.arange(len(files)).split(64)][0]
+        for index in reversed(torch.arange(len(files)).split(64)):  # to end with the first
+            x = run.batch(data.train, index, where)
+        return x
 
     seconds, delivered = {}, {}
 

@@ -5,7 +5,6 @@ opened with `weights_only=True` and converted once), archives are unpacked membe
 """
 import contextlib
 import difflib
-import glob
 import hashlib
 import http.client
 import json
@@ -51,10 +50,10 @@ def warn(message: str) -> str:
 
 
 def sweep(folder: Path, pattern: str) -> None:
-    """Remove what matches and is a day old: a killed process left it, nobody writes that long."""
-    for left in folder.glob(pattern):
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > 24 * 3600:
+    """Remove what matches and is a week old: a killed process left it, nobody writes that long."""
+    with contextlib.suppress(OSError):
+        for left in folder.glob(pattern):
+            if time.time() - left.stat().st_mtime > 7 * 24 * 3600:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
@@ -68,7 +67,6 @@ def whole(path: str | Path) -> Iterator[Path]:
     part = path.with_name(path.name + f".{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        sweep(path.parent, f"{glob.escape(path.name)}.*.part")
         yield part
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
@@ -155,30 +153,38 @@ def save_weights(tensors: dict[str, torch.Tensor], config: dict, path: Path,
                       for name, value in lineage.items()})
 
 
-def _sums(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
-    return {name: zlib.crc32(tensor.contiguous().numpy()) for name, tensor in tensors.items()}
+def _sums(tensors: dict[str, torch.Tensor], facts: dict) -> dict[str, int]:
+    """Checksums of what a cache holds: each tensor's type, shape and content, and the facts."""
+    sums = {"facts": zlib.crc32(json.dumps(facts, sort_keys=True).encode())}
+    for name, tensor in tensors.items():
+        kind = zlib.crc32(f"{tensor.dtype} {list(tensor.shape)}".encode())
+        sums[name] = zlib.crc32(tensor.contiguous().numpy(), kind)
+    return sums
 
 
 def cached(name: str, data_dir: str | Path,
            make: Callable[[], tuple[dict[str, torch.Tensor], dict]]
            ) -> tuple[dict[str, torch.Tensor], dict]:
-    """The tensors and facts of make(), from the second time on mapped from a file, not read.
+    """The tensors and facts of make(), from the second time on mapped from a file.
 
     name has to tell all that they depend on. The file lies in data_dir/cache or, where that cannot
-    be written, in the user's own cache; a damaged one, or one whose content rotted, is made anew.
+    be written, in the user's own cache. It is read once a start to compare its checksums: a damaged
+    one, or one whose content rotted, is made anew.
     """
-    folders = Path(data_dir) / "cache", Path.home() / ".cache" / "self-distillation"
+    folders = Path(data_dir) / "cache", Path(os.path.expanduser("~/.cache/self-distillation"))
+    for folder in folders:
+        for pattern in ("*.part", ".tmp*"):  # of `whole` and of safetensors
+            sweep(folder, pattern)
     paths = [folder / f"{name}.safetensors" for folder in folders]
-    for path in paths:
-        if path.exists():
-            with contextlib.suppress(BadInput):
-                tensors, kept = read_weights(path)
-                if kept.get("sums") == _sums(tensors):
-                    return tensors, kept["facts"]
+    for path in filter(os.path.exists, paths):  # Path's own raises where a folder is closed
+        with contextlib.suppress(BadInput):
+            tensors, kept = read_weights(path)
+            if kept.get("sums") == _sums(tensors, kept.get("facts")):
+                return tensors, kept["facts"]
     tensors, facts = make()
     for path in paths:
         with contextlib.suppress(OSError):
-            save_weights(tensors, {"facts": facts, "sums": _sums(tensors)}, path)
+            save_weights(tensors, {"facts": facts, "sums": _sums(tensors, facts)}, path)
             return read_weights(path)[0], facts
     return tensors, facts
 
@@ -536,12 +542,12 @@ def dataset(name: str, data_dir: str | Path) -> Path:
     """
     title, source, files = DATASETS[name]
     data_dir, fetched = Path(os.path.expanduser(data_dir)).absolute(), []
+    sweep(data_dir, f".{title}-*")
     if (data_dir / title).is_dir():
         return data_dir / title
     print(f"{name} is not in {data_dir}; fetching {source}", flush=True)
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        sweep(data_dir, f".{title}-*")
         with tempfile.TemporaryDirectory(prefix=f".{title}-", dir=data_dir) as work:
             folder = Path(work) / title
             for file in files:

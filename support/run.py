@@ -255,7 +255,7 @@ def balanced(labels: torch.Tensor | None, examples: int, size: int,
 
 def _short(value: object) -> str:
     name = str(value).rstrip("/\\").replace("\\", "/").split("/")[-1]
-    return name.removesuffix(".safetensors").removesuffix(".jsonl")
+    return name.removesuffix(".safetensors").removesuffix(".jsonl")[:60]
 
 
 # cannot change what is computed, bar rounding and dropout's draws
@@ -311,7 +311,10 @@ def write_json(value: object, path: Path) -> None:
 def read_json(path: Path) -> dict:
     """What `write_json` wrote; BadInput where something else has been at the file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it has no names with values")
+        return found
     except ValueError as error:
         raise fetch.BadInput(f"{path} is not what this program wrote ({error}): delete it, or "
                              "choose another --out") from error
@@ -403,6 +406,22 @@ def _noting() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+# what a run writes after its config.json, and could lose if it were somebody else's
+WRITTEN = ("log.jsonl", "timing.jsonl", "rows.json", "checkpoint.safetensors", "results.json")
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what a killed process left half written in its run folder, and nothing else."""
+    for path in folder.iterdir():
+        # of `fetch.whole`, `remembered` and safetensors
+        if re.fullmatch(r".+\.\d{1,7}\.part|teacher\.part|\.tmp\w+", path.name) and path.is_file():
+            path.unlink()
+    for path in (folder / "log.jsonl", folder / "timing.jsonl"):  # a line may have been cut short
+        if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
+            with fetch.whole(path) as part:
+                part.write_bytes(content[:content.rfind(b"\n") + 1])
+
+
 class Run:
     """One run's folder, log, checkpoint and progress; `Run()` keeps nothing and shows nothing."""
 
@@ -412,32 +431,33 @@ class Run:
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "results.json").exists():  # a finished run is only read
+        finished = (folder / "results.json").exists()
+        if not finished:  # a finished run is only read
             _lock(folder.resolve())
-            # of a process that was killed while it, or safetensors, wrote
-            for part in [*folder.glob("*.part"), *folder.glob(".tmp*")]:
-                part.unlink()
-            for path in folder.glob("*.jsonl"):  # a line may have been cut short
-                if not (content := path.read_bytes()).endswith(b"\n"):
-                    with fetch.whole(path) as part:
-                        part.write_bytes(content[:content.rfind(b"\n") + 1])
         asked = recorded(config)
         self.lineage = {name: str(getattr(config, name)) for name in ("dataset", "init", "seed")}
         self.lineage |= {name: str(value) for name, value in facts.items()}
         self.config, self.facts = config, facts
         known = folder / "config.json"
         if not known.exists():
+            if alien := [name for name in WRITTEN if (folder / name).exists()]:
+                raise fetch.BadInput(f"{folder} holds {', '.join(alien)} of something else than a "
+                                     "run: choose another --out")
             write_json({"settings": asked, "facts": facts, "command": _command(),
                         "versions": _versions(), "machine": platform.platform(),
                         "device": str(device(config)), "threads": torch.get_num_threads(),
                         "git": _revision()}, known)
             return
         record = read_json(known)
+        if not {"settings", "facts"} <= record.keys():
+            raise fetch.BadInput(f"{known} is of something else than a run: choose another --out")
         before, now = record["settings"] | record["facts"], asked | facts
         if names := changed(before, now):
             told = "; ".join(f"{name} was {before.get(name)}, now {now[name]}" for name in names)
             raise fetch.BadInput(f"{folder} holds a run with other settings ({told}): "
                                  "choose another --out or delete the folder")
+        if not finished:
+            _tidy(folder)
 
     def results(self) -> dict | None:
         """The finished run's results.json, or None."""
@@ -771,8 +791,9 @@ def program(main: Callable[[], None]) -> None:
               "what was saved")
         sys.exit(1)
     except (MemoryError, RuntimeError) as error:
-        if parallel.world() > 1 and re.search("gloo|NCCL|Connection", str(error)):
-            _tell("another of the processes has ended: its own message tells why")
+        if parallel.world() > 1 and re.search("gloo|NCCL|Connection (closed|reset)", str(error)):
+            _tell("the processes lost each other; where one ended, its own message tells why "
+                  f"({str(error).splitlines()[0]})")
             sys.exit(1)
         short = re.search("out of memory|can't allocate|not enough memory|ALLOC_FAILED", str(error))
         if not short and not isinstance(error, MemoryError):

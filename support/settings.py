@@ -4,6 +4,7 @@ Section 5 gives few of the hyper-parameters; `DEFAULTS` has them all.
 """
 import argparse
 import contextlib
+import errno
 import functools
 import math
 import os
@@ -186,7 +187,7 @@ class Config:
     @property
     def modality(self) -> str:
         """"image" or "text", as the data set's name or files tell."""
-        path = Path(self.dataset)
+        path = Path(os.path.expanduser(self.dataset))
         jsonl = path.suffix == ".jsonl" or (
             os.path.isdir(path) and any(path.glob("*.jsonl")))  # its isdir takes any name
         return "text" if self.dataset in TEXTS or jsonl else "image"
@@ -293,6 +294,13 @@ def check(config: Config) -> Config:
     config = replace(config, **{name: os.path.expanduser(value)
                                 for name in ("dataset", "init", "out", "data_dir")
                                 if (value := getattr(config, name))})
+    for name in ("dataset", "init", "out", "data_dir", "predict"):
+        try:
+            os.stat(getattr(config, name) or "")
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise fetch.BadInput(f"{_flag_name(name)} is longer than a file's name may be: use "
+                                     "a shorter one") from error
     modality = config.modality
     config = _variant(config, modality)
     names = (*IMAGES, *TEXTS)
