@@ -3942,7 +3942,7 @@ def test_a_folder_that_another_program_holds_is_refused(tmp_path):
 def test_a_run_leaves_other_files_of_its_folder_alone(tmp_path):
     """--out may hold one's own files; what could be lost by being taken for a run's is refused."""
     config, mine = run.Config(), {"train.jsonl": b"a\nb", "notes.part": b"x", "a.tmp": b"y",
-                                  ".tmp": b"z", "movie.part.mp4": b"w"}
+                                  ".tmp": b"z", "movie.12.part": b"w"}
     for name, content in mine.items():
         (tmp_path / name).write_bytes(content)
     run.Run(tmp_path, config)

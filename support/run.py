@@ -408,13 +408,14 @@ def _noting() -> Iterator[list[int]]:
 
 # what a run writes after its config.json, and could lose if it were somebody else's
 WRITTEN = ("log.jsonl", "timing.jsonl", "rows.json", "checkpoint.safetensors", "results.json")
+# what `fetch.whole`, `remembered` and safetensors leave when they are killed
+LITTER = re.compile(r".+\.(json|jsonl|safetensors|png)\.\d{1,7}\.part|teacher\.part|\.tmp\w+")
 
 
 def _tidy(folder: Path) -> None:
     """Remove what a killed process left half written in its run folder, and nothing else."""
     for path in folder.iterdir():
-        # of `fetch.whole`, `remembered` and safetensors
-        if re.fullmatch(r".+\.\d{1,7}\.part|teacher\.part|\.tmp\w+", path.name) and path.is_file():
+        if LITTER.fullmatch(path.name) and path.is_file():
             path.unlink()
     for path in (folder / "log.jsonl", folder / "timing.jsonl"):  # a line may have been cut short
         if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
