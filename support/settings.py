@@ -133,8 +133,8 @@ class Config:
         None, "learning rate of fine-tuning (released code: 1e-4 for images); lower it when the "
         "loss jumps", _TUNE)
     method: str = _flag(
-        "finetune", "how to fine-tune: plainly or with one of the paper's baselines",
-        "distill finetune", ("finetune", "recadam", "mars", "r3f"))
+        "all", "how to fine-tune: plainly or with one of the paper's baselines",
+        "baselines", ("all", "fine-tuning", "recadam", "mars", "r3f"))
     recadam_cof: float | None = _flag(
         None, "RecAdam's pull γ towards the pre-trained weights (its default 5000; tiny models: "
         "0.5 / lr); more pulls harder, and lr times it must stay below 2", _TUNE)
