@@ -1,15 +1,9 @@
-"""Files that the paper takes for granted: weights by name, downloads, archives.
-
-Nothing here runs code from a file: weights are safetensors (a hub's old `pytorch_model.bin` is
-opened with `weights_only=True` and converted once), archives are unpacked member by member.
-"""
+"""Files: written whole or not at all, downloaded, unpacked; the table of data sets."""
 import contextlib
 import difflib
 import hashlib
 import http.client
-import json
 import os
-import re
 import shutil
 import stat
 import tarfile
@@ -20,14 +14,11 @@ import urllib.parse
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,6 +32,11 @@ def nearest(word: str, words: Iterable[str]) -> str:
     """What a misspelt word may have meant, as part of a message; "" where none is near."""
     found = difflib.get_close_matches(word, words, 1)
     return f" (did you mean {found[0]}?)" if found else ""
+
+
+def brief(error: Exception) -> str:
+    """The first line of what an error says, or its kind."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
 
 
 def warn(message: str) -> str:
@@ -84,231 +80,6 @@ def whole(path: str | Path) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
-# ----------------------------------------------------------------------------- weights
-
-
-def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """Tensors of a safetensors file and its configuration.
-
-    The configuration is the file's own metadata entry `config` (how `save_weights` writes it), else
-    `<name>.config.json` or `config.json` beside the file, else `{}`.
-    """
-    path = Path(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise BadInput(f"{path} is not a readable safetensors file ({error})") from error
-    beside = path.with_name(f"{path.stem}.config.json")
-    beside = beside if beside.exists() else path.with_name("config.json")
-    where = f"the metadata of {path}" if "config" in metadata else beside
-    try:
-        if "config" in metadata:
-            config = json.loads(metadata["config"])
-        else:
-            config = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{where} is not JSON ({_brief(error)})") from error
-    if not isinstance(config, dict):
-        raise BadInput(f"{where} is no configuration: it must be names with values")
-    return tensors, config
-
-
-def blank(model: Callable[[object], torch.nn.Module], sizes: Callable[[], object],
-          tensors: dict[str, torch.Tensor], path: Path) -> torch.nn.Module:
-    """model(sizes()) without memory: a model as a file, which may be wrong, describes itself.
-
-    sizes returns the model's configuration, a dataclass. Raises BadInput where no model with such
-    tensors can have it.
-    """
-    most = max((tensor.numel() for tensor in tensors.values()), default=0)  # no side is longer
-    try:
-        config = sizes()
-        for item in fields(config):
-            value = getattr(config, item.name)
-            kinds, high = ((int, float), 0.999) if item.type is float else ((int,), most)
-            low = 0 if item.type is float or item.name.endswith(("_id", "_ids")) else 1
-            for part in value if isinstance(value, tuple) else (value,):
-                if type(part) not in kinds or not low <= part <= high:
-                    raise BadInput(f"{path} cannot be what it says it is: {item.name} is {part!r}")
-        if max(value for name, value in vars(config).items() if "depth" in name) > len(tensors):
-            raise BadInput(f"{path} has fewer tensors than the layers that it says it has")
-        with torch.device("meta"):
-            return model(config)
-    except BadInput:
-        raise
-    except Exception as error:  # there are as many kinds as ways to be wrong
-        raise BadInput(f"{path} cannot be what it says it is ({type(error).__name__}: "
-                       f"{_brief(error)})") from error
-
-
-def save_weights(tensors: dict[str, torch.Tensor], config: dict, path: Path,
-                 **lineage: str) -> None:
-    """Write tensors with their configuration and lineage as metadata, whole or not at all."""
-    with whole(path) as part:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-                  part, metadata={"config": json.dumps(config)} | {
-                      name: value.encode(errors="backslashreplace").decode()  # names of any bytes
-                      for name, value in lineage.items()})
-
-
-def _sums(tensors: dict[str, torch.Tensor], facts: dict) -> dict[str, int]:
-    """Checksums of what a cache holds: each tensor's type, shape and content, and the facts."""
-    sums = {"facts": zlib.crc32(json.dumps(facts, sort_keys=True).encode())}
-    for name, tensor in tensors.items():
-        kind = zlib.crc32(f"{tensor.dtype} {list(tensor.shape)}".encode())
-        sums[name] = zlib.crc32(tensor.contiguous().numpy(), kind)
-    return sums
-
-
-def cached(name: str, data_dir: str | Path,
-           make: Callable[[], tuple[dict[str, torch.Tensor], dict]]
-           ) -> tuple[dict[str, torch.Tensor], dict]:
-    """The tensors and facts of make(), from the second time on mapped from a file.
-
-    name has to tell all that they depend on. The file lies in data_dir/cache or, where that cannot
-    be written, in the user's own cache. It is read once a start to compare its checksums: a damaged
-    one, or one whose content rotted, is made anew.
-    """
-    folders = Path(data_dir) / "cache", Path(os.path.expanduser("~/.cache/self-distillation"))
-    for folder in folders:
-        for pattern in ("*.part", ".tmp*"):  # of `whole` and of safetensors
-            sweep(folder, pattern)
-    paths = [folder / f"{name}.safetensors" for folder in folders]
-    for path in filter(os.path.exists, paths):  # Path's own raises where a folder is closed
-        with contextlib.suppress(BadInput):
-            tensors, kept = read_weights(path)
-            if kept.get("sums") == _sums(tensors, kept.get("facts")):
-                return tensors, kept["facts"]
-    tensors, facts = make()
-    for path in paths:
-        with contextlib.suppress(OSError):
-            save_weights(tensors, {"facts": facts, "sums": _sums(tensors, facts)}, path)
-            return read_weights(path)[0], facts
-    return tensors, facts
-
-
-def translate(tensors: dict[str, torch.Tensor], table: dict[str, str | tuple[str, ...]],
-              wanted: dict[str, torch.Tensor],
-              dropped: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
-    """Rename a foreign file's tensors to ours; what stays unexplained, either way, is an error.
-
-    table: our name -> their name, or several of theirs to be stacked along the first axis.
-    wanted: our names with tensors of the right shapes. dropped: their names left out on purpose.
-    """
-    theirs = {ours: (names,) if isinstance(names, str) else names for ours, names in table.items()}
-    known = {name for names in theirs.values() for name in names} | set(dropped)
-    problems = [f"missing {name} (for {ours})" for ours, names in theirs.items() for name in names
-                if name not in tensors]
-    problems += [f"unexpected {name} {list(tensors[name].shape)}" for name in tensors
-                 if name not in known]
-    found = {}
-    for ours, names in theirs.items():
-        if all(name in tensors for name in names):
-            parts = [tensors[name] for name in names]
-            try:
-                found[ours] = torch.cat(parts) if len(parts) > 1 else parts[0]
-            except RuntimeError:
-                problems.append(f"{', '.join(names)} have shapes that do not fit together")
-    for ours, tensor in found.items():
-        if tensor.shape != wanted[ours].shape:
-            problems.append(f"{ours} is {list(tensor.shape)}, expected {list(wanted[ours].shape)}")
-        elif not tensor.is_floating_point():
-            problems.append(f"{ours} holds {tensor.dtype}, expected floating-point numbers")
-        elif not tensor.float().isfinite().all():
-            problems.append(f"{ours} holds NaN or infinite numbers")
-    if problems:
-        raise BadInput(f"the weights do not fit: {'; '.join(problems)}")
-    return found
-
-
-# ----------------------------------------------------------------------------- weights by name
-
-NAMES = ("tiny", "random", "facebook/vit-mae-base", "FacebookAI/roberta-base")
-CONVERT = ("python -c \"import sys, torch, safetensors.torch as s; "
-           "d = torch.load(sys.argv[1], weights_only=True, map_location='cpu'); "
-           "s.save_file({k: v.clone() for k, v in d.get('model', d).items()}, sys.argv[2])\"")
-
-
-def weights(source: str | Path, kind: str) -> Path:
-    """The safetensors file that `source` means: "tiny", a .safetensors file, a folder or a hub id.
-
-    kind: "mae" or "mlm". A hub's files come through huggingface_hub's own cache. Raises BadInput.
-    """
-    path = Path(os.path.expanduser(source))  # which leaves an unknown ~user as it is
-    if str(source) == "tiny":
-        return ROOT / "weights" / f"tiny-{kind}.safetensors"
-    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
-    found = [file for file in files if file.suffix == ".safetensors"]
-    for file in found:
-        if len(found) == 1 or file.name == "model.safetensors":
-            return file
-    if found:
-        raise BadInput(f"{path} holds {', '.join(file.name for file in found)}: name one of them")
-    for file in files:
-        if file.suffix in (".bin", ".pth", ".pt", ".ckpt", ".pkl"):
-            raise BadInput(f"{file} is a pickle, which can run code when it is opened: convert it "
-                           f"with {CONVERT} {file} {file.with_name('model.safetensors')}")
-    if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
-        return _from_hub(str(source), kind)
-    example = {"mae": "facebook/vit-mae-base", "mlm": "FacebookAI/roberta-base"}[kind]
-    raise BadInput(f"no weights at {str(source)!r}{nearest(str(source), NAMES)}: give \"tiny\", a "
-                   ".safetensors file, a folder with a model.safetensors or a hub id such as "
-                   f"{example}")
-
-
-def _from_hub(name: str, kind: str) -> Path:
-    from huggingface_hub import hf_hub_download  # slow to import, and only hub ids need it
-    from huggingface_hub.utils import EntryNotFoundError, logging
-
-    logging.set_verbosity_error()  # it would announce each of its attempts
-    reasons = []
-
-    def get(file: str) -> Path | None:
-        try:
-            return Path(hf_hub_download(name, file))
-        except EntryNotFoundError as error:  # the repository lacks it; or offline, not in the cache
-            return reasons.append(error)
-
-    try:
-        found = get("model.safetensors") or get("pytorch_model.bin")
-        if found:
-            config, _ = get("config.json"), get("tokenizer.json")
-            return found if found.suffix == ".safetensors" else _convert(found, config)
-    except BadInput:
-        raise
-    except Exception as error:  # the hub's client has changed network library and errors often
-        reasons.append(error)
-    folder = Path("weights") / name.split("/")[1]
-    raise BadInput(
-        f"{name!r} is no folder here, and its model.safetensors cannot be had from the hub "
-        f"({_brief(reasons[-1])}): put "
-        f"https://huggingface.co/{name}/resolve/main/model.safetensors and, from there too, "
-        f"config.json{' and tokenizer.json' * (kind == 'mlm')} into {folder} and "
-        f"say `--init {folder}`; what works offline is `python distill.py`") from reasons[-1]
-
-
-def _convert(pickle: Path, config: Path | None) -> Path:
-    """A hub's pytorch_model.bin as safetensors beside it, made once."""
-    path = pickle.with_suffix(".safetensors")
-    if path.exists():
-        return path
-    try:
-        tensors = torch.load(pickle, weights_only=True, map_location="cpu")
-        tensors = {key: tensor.clone() for key, tensor in tensors.items()}  # tied ones come apart
-    except Exception as error:  # pickle and torch raise many kinds
-        raise BadInput(f"{pickle} is not opened, as it is broken or holds more than tensors "
-                       f"({_brief(error)})") from error
-    described = json.loads(config.read_text(encoding="utf-8")) if config else {}
-    save_weights(tensors, described, path, format="pt")
-    return path
-
-
-def _brief(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
-
-
 # ----------------------------------------------------------------------------- downloads
 
 
@@ -349,7 +120,7 @@ def download(urls: list[str], path: Path, size: int | None = None, sha256: str |
                 final = getattr(error, "code", None) in (401, 403, 404, 410)
                 reason, stalled = error, 3 if final else 0 if grew else stalled + 1
                 time.sleep(stalled % 3)
-        reasons.append(f"{url}: {_brief(reason)}")
+        reasons.append(f"{url}: {brief(reason)}")
     raise BadInput(f"{path.name} cannot be downloaded ({'; '.join(reasons)})")
 
 
@@ -432,7 +203,7 @@ def unpack(archive: Path, folder: Path, inner: str = "") -> None:
                         member, root) if _wanted(member.name) else None)
             os.replace(root / inner if (root / inner).is_dir() else root, folder)
         except Exception as error:  # a broken archive may raise anything
-            raise BadInput(f"{archive} cannot be unpacked ({_brief(error)})") from error
+            raise BadInput(f"{archive} cannot be unpacked ({brief(error)})") from error
 
 
 def _wanted(name: str) -> bool:
@@ -573,25 +344,3 @@ def dataset(name: str, data_dir: str | Path) -> Path:
     for file in fetched:
         file.unlink(missing_ok=True)
     return data_dir / title
-
-
-# ----------------------------------------------------------------------------- what a data set is
-
-
-@dataclass
-class Data:
-    """One data set, as `images.load` and `texts.load` return it.
-
-    train, test: uint8 pixels [N, 3, S, S] or `texts.Texts`; labels: Long[N], None where unlabelled.
-    metric: how §5 scores it. fingerprint: hash of the content. note: where it came from, one line.
-    """
-
-    name: str
-    train: object
-    train_labels: torch.Tensor | None
-    test: object | None
-    test_labels: torch.Tensor | None
-    classes: list[str]
-    metric: str
-    fingerprint: str
-    note: str

@@ -386,7 +386,7 @@ def fill(config: Config, model: torch.nn.Module, examples: int) -> Config:
     return config
 
 
-def check_sizes(program: str, config: Config, data: fetch.Data) -> None:
+def check_sizes(program: str, config: Config, data: object) -> None:
     """Refuse settings that the data leave without effect or sense (`BadInput`); before `fill`."""
     for name in ("batch_size", "finetune_batch_size"):
         value = getattr(config, name) or 0

@@ -19,8 +19,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from support import fetch
-from support.fetch import BadInput, Data
+from support import data, fetch
+from support.fetch import BadInput
 
 OFFICIAL = ("chemprot", "acl_arc", "scierc", "twitter_emotion")
 Rows = list[tuple[str, str | None]]  # (text, label); the label is None where a file has none
@@ -66,7 +66,7 @@ class Texts:
         return Texts(self.ids.to(device), self.offsets, self.pad_id, self.truncated)
 
 
-def load(name: str, data_dir: str | Path, tokenizer: Tokenizer | None, max_length: int) -> Data:
+def load(name: str, data_dir: str | Path, tokenizer: Tokenizer | None, max_length: int) -> object:
     """Training and test texts of a data set, each `<s> … </s>` of at most max_length tokens.
 
     name is an official one, "pydocs", a .jsonl file or a folder of them. Raises BadInput for files
@@ -97,7 +97,7 @@ def load(name: str, data_dir: str | Path, tokenizer: Tokenizer | None, max_lengt
         return tensors, {"classes": classes, "note": note, "truncated": truncated,
                          "shared": sum(text in known for text, _ in test)}
 
-    tensors, stored = fetch.cached(f"{Path(name).stem[:50]}-{key[:16]}", data_dir, make)
+    tensors, stored = data.cached(f"{Path(name).stem[:50]}-{key[:16]}", data_dir, make)
     note, counts = stored["note"], {split: len(tensors[f"{split}.offsets"]) - 1
                                     for split in ("train", "test")}
     if stored["shared"]:
@@ -110,7 +110,7 @@ def load(name: str, data_dir: str | Path, tokenizer: Tokenizer | None, max_lengt
     pad_id = tokenizer.token_to_id("<pad>")
     train, test = (Texts(tensors[f"{split}.ids"], tensors[f"{split}.offsets"], pad_id,
                          stored["truncated"][split]) for split in ("train", "test"))
-    return Data(name=name, train=train, train_labels=tensors.get("train.labels"),
+    return data.Data(name=name, train=train, train_labels=tensors.get("train.labels"),
                 test=test if len(test) else None, test_labels=tensors.get("test.labels"),
                 classes=stored["classes"], metric="micro_f1" if name == "chemprot" else "macro_f1",
                 fingerprint=fingerprint, note=note)
