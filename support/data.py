@@ -31,6 +31,11 @@ class Data:
     fingerprint: str
     note: str
 
+    @property
+    def labelled(self) -> bool:
+        """Whether both splits have labels, so that a classifier can be trained and measured."""
+        return self.train_labels is not None and self.test_labels is not None
+
 
 def cached(name: str, data_dir: str | Path,
            make: Callable[[], tuple[dict[str, torch.Tensor], dict]]
