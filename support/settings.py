@@ -5,6 +5,7 @@ Section 5 gives few of the hyper-parameters; `DEFAULTS` has them all.
 import contextlib
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import get_args
@@ -172,8 +173,8 @@ class Config:
         "where and how", "auto", "where to compute; auto takes the GPU if there is one", TUNES,
         ("auto", "cpu", "cuda", "mps"))
     precision: str = _flag(
-        "where and how", "auto", "of the forward pass: fp32 is the paper's; auto is bf16 where a "
-        "GPU has it. Use fp32 when a loss turns NaN", TUNES, ("auto", "fp32", "bf16"))
+        "where and how", "auto", "of products: fp32 is the paper's; auto is bf16 where a GPU has "
+        "it. Use fp32 when a loss turns NaN", TUNES, ("auto", "fp32", "tf32", "bf16"))
     compile: bool = _flag(
         "where and how", False, "compile the model's layers: slower to start, faster per step on "
         "a GPU", TUNES)
@@ -248,6 +249,17 @@ def uses_bf16(config: Config) -> bool:
 def autocast(config: Config) -> contextlib.AbstractContextManager:
     """bf16 matrix products or, as the paper has it, float32 throughout."""
     return torch.autocast(device(config).type, dtype=torch.bfloat16, enabled=uses_bf16(config))
+
+
+@contextlib.contextmanager
+def matrix_products(config: Config) -> Iterator[None]:
+    """Within it, float32 products on a GPU keep 10 bits (--precision tf32) or all."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def recipe(model: nn.Module) -> str:
