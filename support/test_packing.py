@@ -1,0 +1,183 @@
+"""The plan of a step's indices: right, and the only thing in a step that counts.
+
+That a GPU is never waited for is shown without one, on torch's device "meta", whose tensors have
+shapes but no values: there a step fails where it needs a value (how many are masked?), and a watch
+on every operation notes what would stop a GPU.
+"""
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+import baselines
+import distill
+import finetune
+import mae
+import mlm
+from support import draws, loop, packing, recall, settings, texts
+from support.run import Run
+
+
+def tiny(modality: str) -> tuple[nn.Module, object]:
+    """A small model and 12 inputs of a modality."""
+    draws = torch.Generator().manual_seed(0)
+    if modality == "image":
+        config = mae.Config(image_size=16, patch_size=8, width=32, depth=2, heads=4, mlp=64,
+                            decoder_width=16, decoder_depth=2, decoder_heads=2, decoder_mlp=32)
+        return mae.MAE(config, draws), torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8,
+                                                     generator=draws)
+    config = mlm.Config(vocab_size=60, width=32, depth=2, heads=4, mlp=64, max_positions=20,
+                        mask_id=59, special_ids=(0, 1, 2, 3, 59))
+    lengths = torch.arange(12) % 5 + 3
+    ids = torch.randint(5, 58, (int(lengths.sum()),), generator=draws, dtype=torch.int32)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+    return mlm.MLM(config, draws), texts.Texts(ids, offsets, 1)
+
+
+# ----------------------------------------------------------------------------- what a plan says
+
+
+@pytest.mark.parametrize("prob", [0.0, 0.5, 1.0])
+def test_a_plan_puts_every_token_where_it_was(prob):
+    draws = torch.Generator().manual_seed(0)
+    mask = torch.rand(5, 7, generator=draws) < prob
+    x = torch.randn(5, 7, 3, generator=draws)
+    kept = ~mask
+    kept[:, 0] = True  # no row is empty
+    plan = packing.plan(kept, mask, torch.device("cpu"))
+    packed = plan.take(x)
+    assert torch.equal(packed, x[kept])
+    assert torch.equal(plan.unpack(packed), x * kept[..., None])
+    filled = plan.unpack(packed, torch.ones(3))
+    assert torch.equal(filled[kept], x[kept]) and (filled[~kept] == 1).all()
+    rows = plan.rows(packed)
+    for b in range(5):
+        assert torch.equal(rows[b, :kept[b].sum()], x[b][kept[b]])
+    assert torch.equal(plan.tokens(rows), packed)
+    assert (plan.allowed is None) == (len(kept.sum(1).unique()) == 1)
+    losses = x[..., 0][mask]
+    for b, mean in enumerate(plan.mean(losses)):
+        expected = x[b, :, 0][mask[b]].mean() if mask[b].any() else torch.tensor(0.0)
+        torch.testing.assert_close(mean, expected)
+    both, twice = plan.twice().take(torch.cat([x, -x])), plan.twice()
+    assert torch.equal(both, torch.cat([packed, -packed]))
+    assert torch.equal(twice.tokens(twice.rows(both)), both)
+
+
+def test_bringing_keeps_every_tensor():
+    """On a GPU the tensors of different types come over as one block of bytes, and apart again."""
+    flat = [torch.arange(3), torch.tensor([True, False, True]), torch.randn(2, 2), torch.ones(0)]
+    for ours, theirs in zip(packing.bring(torch.device("cpu"), *flat), flat):
+        assert ours is theirs
+    if not torch.cuda.is_available():
+        pytest.skip("the copy itself needs a GPU")
+    for ours, theirs in zip(packing.bring(torch.device("cuda", 0), *flat), flat):
+        assert ours.is_cuda and torch.equal(ours.cpu(), theirs)
+
+
+# ----------------------------------------------------------------------------- nothing waits
+
+DEVICE = torch.device("meta")  # shapes without values: what needs a value there, fails
+COUNTING = {torch.ops.aten.nonzero.default, torch.ops.aten.masked_select.default,
+            torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default}
+
+
+class Watch(TorchDispatchMode):
+    """Notes what a GPU would stop for: operations that count, and copies not made by `bring`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stops, self.operations = [], 0
+
+    def __torch_dispatch__(self, function: Callable, types: object, args: tuple = (),
+                           kwargs: dict | None = None) -> object:
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        there = [x for x in given if x.device == DEVICE]
+        self.operations += bool(there)
+        by_mask = function is torch.ops.aten.index.Tensor and any(
+            x.dtype == torch.bool for x in given[1:])
+        if there and (function in COUNTING or by_mask):
+            self.stops.append(str(function))
+        result = function(*args, **(kwargs or {}))
+        made = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        crossed = len(given) > 0 and not there and any(x.device == DEVICE for x in made)
+        if crossed or there and any(x.device.type == "cpu" for x in made):
+            self.stops.append(f"copy by {function}")
+        return result
+
+
+def remember(self: recall.Recall) -> None:
+    """The memory of a teacher's states on the device; to fill it, once a stage, may wait."""
+    positions = () if self.flat else (1 if self.first_only else 5,)
+    self.memory = torch.zeros(len(self.inputs.ids) if self.flat else 12, *positions, 32,
+                              device=DEVICE)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
+    """Programs compute on a device without values, and are watched."""
+    bring, watch = packing.bring, Watch()
+
+    def unwatched(where: torch.device, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        with _disable_current_modes():
+            return bring(where, *tensors)
+
+    for module in (packing, loop, recall, mae, mlm, finetune):
+        if hasattr(module, "bring"):
+            monkeypatch.setattr(module, "bring", unwatched)
+    for module in (settings, loop, recall):
+        monkeypatch.setattr(module, "device", lambda _: DEVICE)
+    # what such a device lacks: random states, autocast, fused optimisers, and values to log
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(baselines.Stage, "draws", lambda stage, stream, *_: draws.generator(
+        stream, stage.step))
+    plain = torch.optim.AdamW.__init__
+    monkeypatch.setattr(torch.optim.AdamW, "__init__", lambda self, *args, **given: plain(
+        self, *args, **given | {"fused": False}))
+    monkeypatch.setattr(recall.Recall, "_remember", remember)
+    monkeypatch.setattr(loop.Stage, "_log", lambda *_: None)  # reading waits, on purpose
+    monkeypatch.setattr(loop.Stage, "_check", lambda *_: None)
+    with watch:
+        yield watch
+
+
+@pytest.mark.parametrize("match", ["hidden", "cls", "prediction", "l2", "mars"])
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_no_step_of_pretraining_waits_for_a_gpu(modality, match, gpu):
+    with _disable_current_modes():
+        model, inputs = tiny(modality)
+        config = settings.final(settings.Config(steps=2, batch_size=6, match=match, accumulate=2),
+                                model, 12)
+        model = model.to(DEVICE)
+        teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    distill.pretrain(copy.deepcopy(model), None, inputs, config, 0, Run())
+    distill.pretrain(model, teacher, inputs, config, 1, Run())
+    assert gpu.operations > 100 and not gpu.stops
+
+
+@pytest.mark.parametrize("method", baselines.METHODS)
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_no_step_of_fine_tuning_waits_for_a_gpu(modality, method, gpu):
+    with _disable_current_modes():
+        model, inputs = tiny(modality)
+        config = settings.final(settings.Config(finetune_steps=2, finetune_batch_size=6), model, 12)
+        classifier = finetune.Classifier(model.encoder, 3).to(DEVICE)
+    finetune.train(classifier, inputs, torch.arange(12) % 3, config, Run(), "row",
+                   baselines.METHODS[method])
+    assert gpu.operations > 100 and not gpu.stops
+
+
+def test_the_watch_sees_what_stops_a_gpu(gpu):
+    x, mask = torch.randn(3, 2, device=DEVICE), torch.ones(3, dtype=torch.bool, device=DEVICE)
+    for act in (lambda: x[mask], lambda: mask.nonzero(), lambda: x.sum().item()):
+        before = len(gpu.stops)
+        with contextlib.suppress(RuntimeError, NotImplementedError):
+            act()
+        assert len(gpu.stops) > before
+    torch.zeros(3).to(DEVICE)
+    assert gpu.stops[-1].startswith("copy")
