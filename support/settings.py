@@ -200,15 +200,18 @@ class Config:
     def __post_init__(self) -> None:
         for item in fields(self):
             value, choices = getattr(self, item.name), item.metadata.get("choices")
+            if value is None and item.default is None:
+                continue
             if choices and value not in choices:
                 raise BadInput(f"{item.name} is {value!r}{fetch.nearest(str(value), choices)}: use "
                                f"{', '.join(choices)}")
-            low, high, itself = RANGES.get(item.name, (-math.inf, math.inf, True))
-            if item.name in RANGES and value is not None and not (
-                    isinstance(value, int if int in (item.type, *get_args(item.type)) else
-                               (int, float)) and (low < value < high or itself and value == low)):
-                raise BadInput(f"{item.name} is {value!r}: use {'at least' * itself or 'more than'}"
-                               f" {low} and less than {high:g}")
+            if item.name in RANGES:
+                low, high, itself = RANGES[item.name]
+                kinds = (int,) if int in (item.type, *get_args(item.type)) else (int, float)
+                if not isinstance(value, kinds) or not low <= value < high or (
+                        value == low and not itself):
+                    raise BadInput(f"{item.name} is {value!r}: use {'at least' * itself}"
+                                   f"{'more than' * (not itself)} {low} and less than {high:g}")
         if not re.fullmatch(r"[1-9]\d{,8}|\d{,9}\.?\d{1,9}m", self.save_every, re.ASCII):
             raise BadInput(f"save_every is {self.save_every!r}: give steps (500) or minutes (5m)")
         if self.teacher and not self.rounds:
