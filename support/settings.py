@@ -1,7 +1,4 @@
-"""A run's settings: the flags and their defaults, which are the paper's, and what they mean here.
-
-Section 5 gives few of the hyper-parameters; `DEFAULTS` has them all.
-"""
+"""A run's settings: the flags, what each may be, and what they mean for a model on this machine."""
 import contextlib
 import math
 import re
@@ -15,41 +12,10 @@ from torch import nn
 
 from support import fetch, parallel
 from support.fetch import BadInput
+from support.recipes import AS_RELEASED, DEFAULTS, HUB, SMALL, SMOKE, TEXTS
 
-# ----------------------------------------------------------------------------- hyper-parameters
-# (modality, recipe, stage): the paper's where it says (§5, their code; see the README's table);
-# "small" is for models whose encoder has fewer than SMALL parameters. `warmup` is a share of steps,
-# `clip` a gradient norm (0: none).
+# ----------------------------------------------------------------------------- the flags
 
-SMALL = 5_000_000
-DEFAULTS = {
-    ("image", "paper", "pretrain"): dict(
-        steps=20_000, batch_size=64, lr=1.5e-4, weight_decay=0.01, betas=(0.9, 0.95), warmup=0.0,
-        clip=0.0, mask_prob=0.75, pretrain_dropout=0.0),
-    ("image", "paper", "finetune"): dict(
-        steps=10_000, batch_size=32, lr=1e-4, weight_decay=0.01, warmup=0.05, clip=1.0, dropout=0.1,
-        recadam_cof=5000.0, recadam_t0=250, mars_radius=8.0, r3f_eps=1e-5),
-    ("image", "small", "pretrain"): dict(
-        steps=400, batch_size=64, lr=1e-3, weight_decay=0.01, betas=(0.9, 0.95), warmup=0.0,
-        clip=0.0, mask_prob=0.5, pretrain_dropout=0.0),
-    ("image", "small", "finetune"): dict(
-        steps=300, batch_size=32, lr=1e-3, weight_decay=0.01, warmup=0.05, clip=1.0, dropout=0.0,
-        mars_radius=1.0, r3f_eps=0.1),
-    ("text", "paper", "pretrain"): dict(
-        epochs=100, batch_size=128, lr=1e-4, weight_decay=0.01, betas=(0.9, 0.999), warmup=0.06,
-        clip=1.0, mask_prob=0.15, pretrain_dropout=0.1),
-    ("text", "paper", "finetune"): dict(
-        epochs=10, batch_size=32, lr=2e-5, weight_decay=0.01, warmup=0.06, clip=1.0, dropout=0.1,
-        recadam_cof=5000.0, recadam_t0=100, mars_radius=8.0, r3f_eps=1e-5),
-    ("text", "small", "pretrain"): dict(
-        epochs=2, batch_size=32, lr=5e-4, weight_decay=0.01, betas=(0.9, 0.999), warmup=0.06,
-        clip=1.0, mask_prob=0.15, pretrain_dropout=0.0),
-    ("text", "small", "finetune"): dict(
-        epochs=2, batch_size=32, lr=2e-3, weight_decay=0.01, warmup=0.06, clip=1.0, dropout=0.0,
-        mars_radius=1.0, r3f_eps=0.01),
-}
-SMOKE = dict(steps=4, batch_size=8, finetune_steps=4, finetune_batch_size=8)
-AS_RELEASED = dict(match="cls", masking="fixed", pixels="norm", precision="fp32")
 # what a setting lies between, and whether it may be the lower value itself
 RANGES = {"mask_prob": (0, 1, False), "pretrain_dropout": (0, 1, True)} | dict.fromkeys(
     ("lr", "finetune_lr", "recadam_k"), (0, 1e9, False)) | dict.fromkeys(
@@ -57,13 +23,6 @@ RANGES = {"mask_prob": (0, 1, False), "pretrain_dropout": (0, 1, True)} | dict.f
     (1, 1e9, True)) | dict.fromkeys(
     ("seed", "rounds", "weight_decay", "mae_weight", "recadam_cof", "recadam_t0", "mars_radius",
      "r3f_eps", "r3f_weight"), (0, 1e9, True))
-TOYS = {"toybirds": "tiny", "pydocs": "tiny"}
-HUB = {"image": "facebook/vit-mae-base", "text": "FacebookAI/roberta-base"}
-TEXTS = ("chemprot", "acl_arc", "scierc", "twitter_emotion", "pydocs")
-IMAGES = ("aircraft", "cub", "chest_xray", "dtd", "dogs", "flower", "cifar100", "toybirds")
-
-# ----------------------------------------------------------------------------- the flags
-
 PRETRAINS, TUNES = "distill", "distill finetune baselines"  # programs, by what they do
 
 
@@ -286,18 +245,15 @@ def final(config: Config, model: nn.Module, examples: int) -> Config:
     if config.masking == {"image": "80-10-10", "text": "fixed"}[model.modality]:
         raise BadInput(f"masking {config.masking} is not for {model.modality}s: use bernoulli or "
                        f"{ {'image': 'fixed', 'text': '80-10-10'}[model.modality] }")
-    new = {name: value for name, value in SMOKE.items() if config.smoke}
-    for stage, prefix in (("pretrain", ""), ("finetune", "finetune_")):
-        table = dict(DEFAULTS[model.modality, recipe(model), stage])
-        table["batch_size"] = min(table["batch_size"], examples)
-        size = getattr(config, prefix + "batch_size") or new.get(prefix + "batch_size",
-                                                                 table["batch_size"])
-        if "epochs" in table:
-            table["steps"] = table.pop("epochs") * math.ceil(examples / size)
-        for name, value in table.items():
-            named = prefix + name in Config.__dataclass_fields__
-            new.setdefault(prefix + name if named else name, value)
-    config = replace(config, **{name: value for name, value in new.items()
+    found = dict(DEFAULTS[model.modality, recipe(model)]) | (SMOKE if config.smoke else {})
+    for stage in ("", "finetune_"):
+        size = min(found[f"{stage}batch_size"], examples)
+        epochs = found.pop(f"{stage}epochs", None)
+        found[f"{stage}batch_size"] = size
+        if epochs:
+            size = getattr(config, f"{stage}batch_size") or size
+            found.setdefault(f"{stage}steps", epochs * math.ceil(examples / size))
+    config = replace(config, **{name: value for name, value in found.items()
                                 if getattr(config, name) is None})
     # a small model's learning rate is too high for RecAdam's own γ: lr·γ = 0.5, t0 early in a run
     if config.recadam_cof is None:

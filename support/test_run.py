@@ -24,7 +24,7 @@ import distill
 import finetune
 import mae
 import mlm
-from support import fetch, loop, program, run, settings
+from support import fetch, loop, program, recipes, run, settings
 from support.data import Data
 from support.fetch import BadInput
 from support.run import Run
@@ -157,7 +157,7 @@ def test_what_a_modality_does_not_have_is_refused():
 
 def test_as_released_sets_all_that_the_release_does():
     config = settings.final(Config(as_released=True), labelled("image")[0], 20)
-    assert {name: getattr(config, name) for name in settings.AS_RELEASED} == settings.AS_RELEASED
+    assert {name: getattr(config, name) for name in recipes.AS_RELEASED} == recipes.AS_RELEASED
 
 
 # ----------------------------------------------------------------------------- carrying on
