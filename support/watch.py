@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from support.draws import generator
+from support.inputs import as_inputs
 from support.loop import batch
 from support.settings import Config, autocast, device
 
@@ -54,6 +55,7 @@ def watch(student: nn.Module, teacher: nn.Module | None, heldout: object, config
     """
     if heldout is None:
         return None
+    heldout = as_inputs(heldout, student.config, getattr(student, "tokenizer", None))
     sample = Sample(heldout, student, config, mask_input)
     told = sample.states(teacher) if teacher else None
     whole = (sample.states(student) - told).square().sum().item() if teacher else None
