@@ -1,10 +1,10 @@
 """Hyper-parameters (the paper's §5 and Table 9, of which few numbers are left) and names of data.
 
-A key of DEFAULTS is (modality, recipe). "paper" has the paper's values where it gives them, else the
-released code's (images) or, of texts, the learning rates of Gururangan et al.'s code and for the
-rest what was chosen here; "small" is for models whose encoder has fewer than SMALL parameters.
+A key of DEFAULTS is (modality, recipe). "paper" has the paper's values where it gives them, else
+the released code's (images) or, of texts, the learning rates of Gururangan et al.'s code and for
+the rest what was chosen here; "small" is for models whose encoder has fewer than SMALL parameters.
 warmup is a share of the steps, clip a gradient norm (0: none), an epoch ⌈N/B⌉ steps. What begins
-with finetune_ or names a baseline is of fine-tuning, and so is dropout; the rest is of pre-training.
+with finetune_ or names a baseline is of fine-tuning, as dropout is; the rest is of pre-training.
 """
 SMALL = 5_000_000
 TUNED = dict(finetune_weight_decay=0.01, finetune_clip=1.0)
