@@ -211,6 +211,12 @@ def uses_bf16(config: Config) -> bool:
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def products(config: Config) -> str:
+    """What a forward pass computes its products in."""
+    return "bf16 products" if uses_bf16(config) else {"tf32": "tf32 products"}.get(
+        config.precision, "float32")
+
+
 def autocast(config: Config) -> contextlib.AbstractContextManager:
     """bf16 matrix products or, as the paper has it, float32 throughout."""
     return torch.autocast(device(config).type, dtype=torch.bfloat16, enabled=uses_bf16(config))
