@@ -74,7 +74,7 @@ def go(folder: Path, modality: str, **changes: object) -> Run:
     model, data, config = labelled(modality)
     config = replace(config, **changes)
     this = Run(folder, config, data="hash", init_weights=program.digest(model))
-    models = distill.self_distill(model, data.train, config, this)
+    models = distill.self_distill(model, data.train, config, run=this)
     rows = {row: (models[-1], method) for row, method in baselines.METHODS.items()}
     finetune.measure(rows, model, data, config, this)
     return this
