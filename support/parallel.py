@@ -8,6 +8,8 @@ import contextlib
 import datetime
 import os
 import sys
+import threading
+import time
 from collections.abc import Iterator
 
 import torch
@@ -26,12 +28,24 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def _end_with(parent: int) -> None:
+    """End this process when torchrun has ended, or had before: then nothing begins for minutes."""
+    patience = 300  # seconds for all to find each other
+    while os.getppid() == parent and patience:
+        time.sleep(1)
+        patience -= not dist.is_initialized()
+    with contextlib.suppress(OSError):
+        os.write(2, b"error: torchrun has ended, so this process does; what was saved is kept\n")
+    os._exit(1)
+
+
 @contextlib.contextmanager
 def processes() -> Iterator[None]:
     """Within it, torchrun's processes work together, each on a GPU of its own; rank 0 prints."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield
         return
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     # NCCL for tensors on GPUs, gloo on CPUs; rank 0 may download for hours while the others wait
@@ -75,7 +89,7 @@ def in_turn() -> Iterator[None]:
 
 def wrap(module: nn.Module) -> nn.Module:
     """The module itself or, among several processes, with its gradients averaged over them."""
-    return DistributedDataParallel(module) if world() > 1 else module
+    return DistributedDataParallel(module, gradient_as_bucket_view=True) if world() > 1 else module
 
 
 def share(losses: Tensor, examples: int) -> Tensor:
