@@ -106,9 +106,8 @@ def parts(model: nn.Module, examples: int, accumulate: int) -> Iterator[slice]:
     Between two slices gradients add up; they are averaged over the processes in the last one's
     backward pass.
     """
-    bounds = [examples * i // (world() * accumulate)
-              for i in range(rank() * accumulate, (rank() + 1) * accumulate + 1)]
-    for i, (first, last) in enumerate(zip(bounds, bounds[1:]), 1):
-        early = isinstance(model, DistributedDataParallel) and i < accumulate
+    count, first = world() * accumulate, rank() * accumulate
+    for i in range(first, first + accumulate):
+        early = isinstance(model, DistributedDataParallel) and i + 1 < first + accumulate
         with model.no_sync() if early else contextlib.nullcontext():
-            yield slice(first, last)
+            yield slice(examples * i // count, examples * (i + 1) // count)

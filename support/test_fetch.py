@@ -129,29 +129,40 @@ def test_archives_stay_inside(tmp_path, name, kind, aim):
         assert "out" in path.parts and path.is_file() and not path.is_symlink()
 
 
-def moved(monkeypatch, url, name):
-    """The files of a data set, now all with the sum of "x", at another address."""
+def moved(monkeypatch, url, name, content=b"x"):
+    """The files of a data set at another address, as if each had this content."""
     folder, source, files = fetch.DATASETS[name]
-    files = [file._replace(urls=[f"{url}/{file.name}"], size=None, checksum=SUM) for file in files]
+    checksum = hashlib.sha256(content).hexdigest()
+    files = [file._replace(urls=[f"{url}/{file.name}"], size=None, checksum=checksum)
+             for file in files]
     monkeypatch.setitem(fetch.DATASETS, name, (folder, source, files))
     return files
 
 
+def test_dataset_is_downloaded_and_unpacked(server, tmp_path, monkeypatch):
+    tar(tmp_path / "x", "dtd/images/a.jpg")
+    server.files["/dtd-r1.0.1.tar.gz"] = (tmp_path / "x").read_bytes()
+    moved(monkeypatch, server.url, "dtd", (tmp_path / "x").read_bytes())
+    assert fetch.dataset("dtd", tmp_path / "sets") == tmp_path / "sets" / "dtd"
+    assert inside(tmp_path / "sets") == ["dtd", "dtd/images", "dtd/images/a.jpg"]
+
+
 def test_dataset_is_put_together_once_and_whole(server, tmp_path, monkeypatch):
-    """An archive lies there, broken at first; then a file is not to be had; then all is well."""
+    """Two files lie there, one of them broken at first; one is not to be had at first."""
     moved(monkeypatch, server.url, "flower")
-    (tmp_path / "102flowers.tgz").write_bytes(b"x")
+    for name in ("102flowers.tgz", "setid.mat"):
+        (tmp_path / name).write_bytes(b"x")
     with pytest.raises(BadInput, match="102flowers.tgz cannot be unpacked"):
         fetch.dataset("flower", tmp_path)
     tar(tmp_path / "102flowers.tgz", "jpg/1.jpg")
     with pytest.raises(BadInput, match="imagelabels.mat: HTTP Error 404"):
         fetch.dataset("flower", tmp_path)
-    assert inside(tmp_path) == ["102flowers.tgz"]
-    server.files |= {"/imagelabels.mat": b"x", "/setid.mat": b"x"}
+    assert inside(tmp_path) == ["102flowers.tgz", "setid.mat"]
+    server.files["/imagelabels.mat"] = b"x"
     for _ in range(2):
         folder = fetch.dataset("flower", tmp_path)
     assert inside(folder) == ["imagelabels.mat", "jpg", "jpg/1.jpg", "setid.mat"]
-    assert len(server.asked) == 3  # the last call asked nothing
+    assert len(server.asked) == 2  # nothing the last time
 
 
 @pytest.mark.parametrize("name", fetch.DATASETS)
