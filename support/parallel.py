@@ -29,8 +29,11 @@ def world() -> int:
 
 
 def _end_with(parent: int) -> None:
-    """End this process when torchrun has ended, or had before: then nothing begins for minutes."""
-    patience = 300  # seconds for all to find each other
+    """End this process when torchrun, its parent, has ended.
+
+    It may have ended before this could see it: then the processes never find each other.
+    """
+    patience = 300  # seconds for that
     while os.getppid() == parent and patience:
         time.sleep(1)
         patience -= not dist.is_initialized()
