@@ -5,17 +5,13 @@ import hashlib
 import http.client
 import os
 import shutil
-import stat
 import tarfile
 import tempfile
-import time
 import urllib.error
-import urllib.parse
 import urllib.request
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import NamedTuple
 
 from safetensors import SafetensorError
@@ -45,34 +41,21 @@ def warn(message: str) -> str:
     return f"; {message}"
 
 
-def sweep(folder: Path, pattern: str) -> None:
-    """Remove what matches and is a week old: a killed process left it, nobody writes that long."""
-    with contextlib.suppress(OSError):
-        for left in folder.glob(pattern):
-            if time.time() - left.stat().st_mtime > 7 * 24 * 3600:
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-
-
 @contextlib.contextmanager
 def whole(path: str | Path) -> Iterator[Path]:
-    """A name to write `path` under, so that it appears complete and on the disk or not at all.
+    """A name to write `path` under, so that it appears complete or not at all.
 
     OSError, which names the path, where it cannot be written.
     """
     path = Path(path)
-    part = path.with_name(path.name + f".{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()
+        mode = part.stat().st_mode  # the umask's; safetensors alone would make it 0600
         yield part
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
+        part.chmod(mode)
         os.replace(part, path)
-        if os.name == "posix":  # the new name, too; Windows opens no folders
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
     except (OSError, SafetensorError) as error:
         raise OSError(f"{path} cannot be written ({error})") from error
     finally:
@@ -80,141 +63,14 @@ def whole(path: str | Path) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
-# ----------------------------------------------------------------------------- downloads
-
-
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows a redirect to https, or within a host that was asked without encryption."""
-
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
-        to = urllib.parse.urlsplit(newurl)
-        if to.scheme != "https" and (to.scheme, to.netloc) != (req.type, req.host):
-            raise BadInput(f"it redirects to {newurl}, which is not encrypted")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def download(urls: list[str], path: Path, size: int | None = None, sha256: str | None = None,
-             md5: str | None = None) -> Path:
-    """Fetch `path` from the first of urls that delivers the whole file with the right sums.
-
-    What breaks off is resumed, also by a later call. Raises BadInput with each url's reason.
-    """
-    reasons = []
-    for url in urls:
-        # a part for each url: one mirror's end need not fit another's beginning
-        part = path.with_name(f"{path.name}.{zlib.crc32(url.encode()):08x}.part")
-        stalled = 0
-        while stalled < 3:  # breaks in a row that brought nothing
-            before = part.stat().st_size if part.exists() else 0
-            try:
-                _fetch(url, part, before, size)
-                _check(part, size, sha256, md5)
-                os.replace(part, path)
-                for other in path.parent.glob(f"{path.name}.????????.part"):
-                    other.unlink()
-                return path
-            except BadInput as error:
-                reason, stalled = error, 3
-            except (OSError, http.client.HTTPException) as error:
-                grew = part.exists() and part.stat().st_size > before
-                final = getattr(error, "code", None) in (401, 403, 404, 410)
-                reason, stalled = error, 3 if final else 0 if grew else stalled + 1
-                time.sleep(stalled % 3)
-        reasons.append(f"{url}: {brief(reason)}")
-    raise BadInput(f"{path.name} cannot be downloaded ({'; '.join(reasons)})")
-
-
-def _fetch(url: str, part: Path, have: int, size: int | None) -> None:
-    """Append what `part`, `have` bytes long, still lacks of url; OSError where that breaks off."""
-    if have and have == size:
-        return
-    if not url.startswith(("https://", "http://")):
-        raise BadInput("neither https nor http")
-    headers = {"User-Agent": "self-distillation"} | ({"Range": f"bytes={have}-"} if have else {})
-    try:
-        opener = urllib.request.build_opener(_Redirects)
-        response = opener.open(urllib.request.Request(url, headers=headers), timeout=60)
-    except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing beyond `have`: all is here, or something else is
-            if error.headers.get("Content-Range") == f"bytes */{have}":
-                return
-            part.unlink()
-        raise
-    with response:
-        resumed, length = response.status == 206, response.headers.get("Content-Length")
-        if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            part.unlink()
-            raise OSError("it resumed at another place than asked")
-        if response.headers.get_content_type() == "text/html":
-            raise BadInput("it answered with a web page instead of the file")
-        have = have if resumed else 0
-        total = have + int(length) if length else size
-        if size and total != size:
-            raise BadInput(f"the file is {total} bytes long, expected {size}")
-        with open(part, "ab" if resumed else "wb") as file, tqdm(
-                total=total, initial=have, desc=part.name.rsplit(".", 2)[0], unit="B",
-                unit_scale=True, disable=None) as bar:
-            while chunk := response.read(1 << 20):
-                file.write(chunk)
-                bar.update(len(chunk))
-    if total and part.stat().st_size < total:
-        raise OSError(f"the connection broke after {part.stat().st_size} of {total} bytes")
-
-
-def _check(path: Path, size: int | None, sha256: str | None, md5: str | None) -> None:
-    for what, wanted in (("length", size), ("sha256", sha256), ("md5", md5)):
-        if wanted:
-            found = path.stat().st_size if what == "length" else digest(path, what)
-            if found != wanted:
-                path.unlink()
-                raise BadInput(f"what came, now removed, has the {what} {found}, expected {wanted}")
-
-
 def digest(path: Path, kind: str = "sha256") -> str:
     """A file's checksum in hexadecimal."""
-    found = hashlib.new(kind, usedforsecurity=False)
     with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            found.update(chunk)
-    return found.hexdigest()
+        return hashlib.file_digest(
+            file, lambda: hashlib.new(kind, usedforsecurity=False)).hexdigest()
 
 
-def unpack(archive: Path, folder: Path, inner: str = "") -> None:
-    """Make `folder` of the archive's folder `inner`, else of all of it, whole or not at all.
-
-    Raises BadInput for a broken archive, and for entries that lead outside or are devices.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as work:
-        root = Path(work) / "content"
-        root.mkdir()
-        try:
-            if zipfile.is_zipfile(archive):
-                with zipfile.ZipFile(archive) as file:
-                    for member in file.infolist():
-                        kind = stat.S_IFMT(member.external_attr >> 16)
-                        if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-                            raise OSError(f"{member.filename!r} is a link or a device")
-                        if _wanted(member.filename):
-                            file.extract(member, root)
-            else:
-                with tarfile.open(archive) as file:
-                    file.extractall(root, filter=lambda member, root: tarfile.data_filter(
-                        member, root) if _wanted(member.name) else None)
-            os.replace(root / inner if (root / inner).is_dir() else root, folder)
-        except Exception as error:  # a broken archive may raise anything
-            raise BadInput(f"{archive} cannot be unpacked ({brief(error)})") from error
-
-
-def _wanted(name: str) -> bool:
-    """Whether an archive's entry is more than macOS's litter; OSError where it leads outside."""
-    path = PureWindowsPath(name)  # knows / and \ alike
-    if path.anchor or ".." in path.parts:  # tarfile would quietly take the anchor away
-        raise OSError(f"{name!r} leads outside")
-    return "__MACOSX" not in path.parts and not path.name.startswith((".DS_Store", "._"))
-
-
-# ----------------------------------------------------------------------------- official data sets
+# ----------------------------------------------------------------------------- downloads
 
 
 class File(NamedTuple):
@@ -224,7 +80,74 @@ class File(NamedTuple):
     urls: list[str]
     checksum: str  # md5 (32 digits) or sha256 (64)
     size: int | None = None
-    into: str = ""  # the folder in the data set's folder that an archive becomes
+    into: str = ""  # the folder for an archive that does not bring the data set's own
+
+
+def download(file: File, path: Path) -> Path:
+    """Fetch a file from the first of its mirrors that delivers it, under the name `path`.
+
+    What breaks off is resumed as long as more comes, also by a later call or from the next mirror.
+    Raises BadInput with each mirror's reason.
+    """
+    part, reasons = path.with_name(f"{path.name}.part"), []
+    kind = "md5" if len(file.checksum) == 32 else "sha256"
+    for url in file.urls:
+        before = -1
+        while before < (have := part.stat().st_size if part.exists() else 0):
+            before = have
+            try:
+                _append(url, part, have, file.size)
+                found = digest(part, kind)
+                if found == file.checksum:
+                    os.replace(part, path)
+                    return path
+                part.unlink()
+                reason = f"what came, now removed, has the {kind} {found}, expected {file.checksum}"
+            except (OSError, http.client.HTTPException) as error:
+                reason = brief(error)
+        reasons.append(f"{url}: {reason}")
+    raise BadInput(f"{path.name} cannot be downloaded ({'; '.join(reasons)})")
+
+
+def _append(url: str, part: Path, have: int, size: int | None) -> None:
+    """Append what `part`, `have` bytes long, still lacks of url; OSError where that breaks off."""
+    headers = {"User-Agent": "self-distillation"} | ({"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # nothing follows: the sum tells whether all is here
+            return
+        raise
+    with response:
+        if response.headers.get_content_type() == "text/html":
+            raise OSError("it answered with a web page instead of the file")
+        if response.status != 206:
+            have = 0  # it begins anew
+        length = response.headers.get("Content-Length")
+        total = have + int(length) if length else size
+        if size and total != size:
+            raise OSError(f"the file is {total} bytes long, expected {size}")
+        with open(part, "ab" if have else "wb") as file, tqdm.wrapattr(
+                file, "write", total, desc=part.stem, initial=have, disable=None) as shown:
+            shutil.copyfileobj(response, shown, 1 << 20)
+    if total and part.stat().st_size < total:
+        raise OSError(f"the connection broke after {part.stat().st_size} of {total} bytes")
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Extract an archive into a folder, and nothing outside it; BadInput where that fails."""
+    try:
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as file:
+                file.extractall(folder)  # takes .. and / from names; a link becomes a plain file
+        else:
+            with tarfile.open(archive) as file:
+                file.extractall(folder, filter="data")
+    except Exception as error:  # a broken archive may raise anything
+        raise BadInput(f"{archive} cannot be unpacked ({brief(error)})") from error
+
+
+# ----------------------------------------------------------------------------- official data sets
 
 
 OXFORD = "https://www.robots.ox.ac.uk/~vgg/data/"
@@ -265,12 +188,15 @@ DATASETS = {  # name: (folder under --data-dir, source and terms, files)
              "e42855a52a4950a3b59612834602aa253914755c95b0cff9ead6d07395f8e205", 625239812)]),
     "dogs": ("stanford_dogs", "Stanford Dogs (Khosla 2011), pictures of ImageNet, research", [
         File("images.tar", [DOGS + "images.tar"],
-             "a443fc2f9a851aa1a7b8e4fa4af94b8459fce2c9f5a2f4dd4669cf9673a4ec58", 793579520),
+             "a443fc2f9a851aa1a7b8e4fa4af94b8459fce2c9f5a2f4dd4669cf9673a4ec58", 793579520,
+             "stanford_dogs"),
         File("lists.tar", [DOGS + "lists.tar"],
-             "34b47cacd9a98b5d150e084f24d29391c084c55272295ec65c85651bc35f4d6c", 481280, "lists")]),
+             "34b47cacd9a98b5d150e084f24d29391c084c55272295ec65c85651bc35f4d6c", 481280,
+             "stanford_dogs/lists")]),
     "flower": ("flowers102", "Oxford Flowers 102 (Nilsback 2008), research", [
         File("102flowers.tgz", [OXFORD + "flowers/102/102flowers.tgz"],
-             "2d01ecc807db462958cfe3d92f57a8c252b4abd240eb955770201e45f783b246", 344862509),
+             "2d01ecc807db462958cfe3d92f57a8c252b4abd240eb955770201e45f783b246", 344862509,
+             "flowers102"),
         File("imagelabels.mat", [OXFORD + "flowers/102/imagelabels.mat"],
              "4903e94206bac23bf772aadf06451916df56b58fc483a62db32a97b82656651d", 502),
         File("setid.mat", [OXFORD + "flowers/102/setid.mat"],
@@ -309,38 +235,35 @@ DATASETS = {  # name: (folder under --data-dir, source and terms, files)
 def dataset(name: str, data_dir: str | Path) -> Path:
     """An official data set's folder under data_dir, downloaded and unpacked where it is absent.
 
-    Files that lie in data_dir are used as they are. Raises BadInput saying what to put there.
+    It appears whole or not at all. Files that lie in data_dir are used as they are. Raises BadInput
+    saying what to put there.
     """
     title, source, files = DATASETS[name]
     data_dir, fetched = Path(os.path.expanduser(data_dir)).absolute(), []
-    sweep(data_dir, f".{title}-*")
     if (data_dir / title).is_dir():
         return data_dir / title
     print(f"{name} is not in {data_dir}; fetching {source}", flush=True)
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{title}-", dir=data_dir) as work:
-            folder = Path(work) / title
+        with tempfile.TemporaryDirectory(prefix=f"{title}-", suffix=".part", dir=data_dir) as work:
             for file in files:
-                here, sums = data_dir / file.name, {32: "md5", 64: "sha256"}[len(file.checksum)]
-                packed = file.name.endswith((".tgz", ".gz", ".tar", ".zip"))
-                target = folder / file.into if packed else folder / here.name
+                here, target = data_dir / file.name, Path(work) / title / Path(file.name).name
+                if file.name.endswith((".tgz", ".gz", ".tar", ".zip")):
+                    if not here.exists():  # it stays for a later call to resume
+                        fetched.append(download(file, here))
+                    unpack(here, Path(work) / file.into)
+                    continue
                 target.parent.mkdir(exist_ok=True)
-                if not here.exists():  # a large file stays for a later call to resume
-                    fetched.append(download(file.urls, here if packed else target, file.size,
-                                            **{sums: file.checksum}))
-                if packed:
-                    unpack(here, target, title)
-                elif here.exists():
+                if here.exists():
                     shutil.copyfile(here, target)
-            os.replace(folder, data_dir / title)
-    except BadInput as error:
+                else:
+                    download(file, target)
+            os.replace(Path(work) / title, data_dir / title)
+    except (BadInput, OSError) as error:
         by_hand = ", ".join(f"{file.name} from {file.urls[0]}" for file in files)
-        raise BadInput(f"{name}: {error}; put {by_hand} into {data_dir} and run the same command "
-                       "again; what works offline is `python distill.py`") from error
-    except OSError as error:
-        raise BadInput(f"{name} cannot be kept in {data_dir} ({error}): make room there or give "
-                       "another --data-dir") from error
+        raise BadInput(f"{name}: {error}; put {by_hand} into {data_dir}, or give another "
+                       "--data-dir, and run the same command again; what works offline is "
+                       "`python distill.py`") from error
     for file in fetched:
         file.unlink(missing_ok=True)
     return data_dir / title

@@ -8,6 +8,8 @@ import contextlib
 import datetime
 import os
 import sys
+import threading
+import time
 from collections.abc import Iterator
 
 import torch
@@ -26,12 +28,27 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def _end_with(parent: int) -> None:
+    """End this process when torchrun, its parent, has ended.
+
+    It may have ended before this could see it: then the processes never find each other.
+    """
+    patience = 300  # seconds for that
+    while os.getppid() == parent and patience:
+        time.sleep(1)
+        patience -= not dist.is_initialized()
+    with contextlib.suppress(OSError):
+        os.write(2, b"error: torchrun has ended, so this process does; what was saved is kept\n")
+    os._exit(1)
+
+
 @contextlib.contextmanager
 def processes() -> Iterator[None]:
     """Within it, torchrun's processes work together, each on a GPU of its own; rank 0 prints."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield
         return
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     # NCCL for tensors on GPUs, gloo on CPUs; rank 0 may download for hours while the others wait
@@ -75,7 +92,7 @@ def in_turn() -> Iterator[None]:
 
 def wrap(module: nn.Module) -> nn.Module:
     """The module itself or, among several processes, with its gradients averaged over them."""
-    return DistributedDataParallel(module) if world() > 1 else module
+    return DistributedDataParallel(module, gradient_as_bucket_view=True) if world() > 1 else module
 
 
 def share(losses: Tensor, examples: int) -> Tensor:
@@ -92,9 +109,8 @@ def parts(model: nn.Module, examples: int, accumulate: int) -> Iterator[slice]:
     Between two slices gradients add up; they are averaged over the processes in the last one's
     backward pass.
     """
-    bounds = [examples * i // (world() * accumulate)
-              for i in range(rank() * accumulate, (rank() + 1) * accumulate + 1)]
-    for i, (first, last) in enumerate(zip(bounds, bounds[1:]), 1):
-        early = isinstance(model, DistributedDataParallel) and i < accumulate
+    count, first = world() * accumulate, rank() * accumulate
+    for i in range(first, first + accumulate):
+        early = isinstance(model, DistributedDataParallel) and i + 1 < first + accumulate
         with model.no_sync() if early else contextlib.nullcontext():
-            yield slice(first, last)
+            yield slice(examples * i // count, examples * (i + 1) // count)
