@@ -1,6 +1,6 @@
-"""Several processes on one machine: `torchrun --nproc-per-node=N distill.py …`, each with a GPU.
+"""Several processes, each with a GPU: `torchrun --nproc-per-node=N distill.py …`.
 
-Every process draws the whole mini-batch, as one alone would, and works on its share of it; torch's
+On several machines their --out and --data-dir are folders that all of them see. Every process draws the whole mini-batch, as one alone would, and works on its share of it; torch's
 DistributedDataParallel averages the gradients. Rank 0 decides and writes, the others follow.
 Without torchrun there is one process, and what stands here does nothing.
 """
@@ -26,6 +26,11 @@ def rank() -> int:
 def world() -> int:
     """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def here() -> int:
+    """How many of them are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def _end_with(parent: int) -> None:
@@ -93,14 +98,6 @@ def in_turn() -> Iterator[None]:
 def wrap(module: nn.Module) -> nn.Module:
     """The module itself or, among several processes, with its gradients averaged over them."""
     return DistributedDataParallel(module, gradient_as_bucket_view=True) if world() > 1 else module
-
-
-def share(losses: Tensor, examples: int) -> Tensor:
-    """What some of a mini-batch's losses [b] add to the mean over all its examples, a scalar.
-
-    Times the number of processes, because their gradients and logged losses are averaged.
-    """
-    return losses.sum() * (world() / examples)
 
 
 def parts(model: nn.Module, examples: int, accumulate: int) -> Iterator[slice]:

@@ -282,6 +282,6 @@ def _check_batches(config: Config, examples: int) -> None:
             raise BadInput(f"{name} is {size}, which cannot be shared out among {parallel.world()} "
                            f"processes with accumulate {config.accumulate}: use fewer or a larger "
                            "batch")
-    if parallel.world() > max(1, torch.cuda.device_count()) and device(config).type != "cpu":
-        raise BadInput(f"device {device(config)}: {parallel.world()} processes want a GPU each, "
+    if parallel.here() > max(1, torch.cuda.device_count()) and device(config).type != "cpu":
+        raise BadInput(f"device {device(config)}: {parallel.here()} processes want a GPU each, "
                        f"this machine has {torch.cuda.device_count()}: start as many, or use cpu")
