@@ -1,6 +1,7 @@
 """Several processes, each with a GPU: `torchrun --nproc-per-node=N distill.py …`.
 
-On several machines their --out and --data-dir are folders that all of them see. Every process draws the whole mini-batch, as one alone would, and works on its share of it; torch's
+On several machines --out and --data-dir are folders that all of them see. Every process draws the
+whole mini-batch, as one alone would, and works on its share of it; torch's
 DistributedDataParallel averages the gradients. Rank 0 decides and writes, the others follow.
 Without torchrun there is one process, and what stands here does nothing.
 """
