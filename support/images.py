@@ -1,24 +1,25 @@
-"""Images: the seven data sets, the drawn birds and one's own folders, each split one uint8 tensor.
+"""Pictures: what a folder holds, decoding and normalising; the seven sets and one's own folders.
 
-Letters: N images, S side in pixels.
+Letters: N pictures, S side in pixels.
 """
-import hashlib
-import os
+import itertools
 import warnings
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
-import PIL
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-from support import data, fetch, toybirds
+from support import fetch
 from support.fetch import BadInput
 
+Items = list[tuple[Path | np.ndarray, int | None]]  # pictures with their labels
+Lists = tuple[list[str], Items, Items]  # classes, training and test pictures
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
+LISTS = (".txt", ".mat", ".bin")  # of CIFAR's pictures, too
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # some others start a program
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which MAE's weights expect
 
 
@@ -39,9 +40,12 @@ def denormalise(pictures: torch.Tensor) -> torch.Tensor:
 
 # ----------------------------------------------------------------------------- files to pixels
 
-Items = list[tuple[Path | np.ndarray, int | None]]  # pictures with their labels
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
-VERSION = 1  # of what decode makes: one more and every cache is made anew
+
+def pictures(folder: Path) -> list[Path]:
+    """All pictures below a folder in an order that no system changes, hidden ones left out."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")
+                   if path.suffix.lower() in SUFFIXES)
+    return [folder / name for name in names if "/." not in f"/{name}"]
 
 
 def decode(source: Path | np.ndarray, side: int) -> np.ndarray:
@@ -53,7 +57,7 @@ def decode(source: Path | np.ndarray, side: int) -> np.ndarray:
         image = Image.fromarray(source.reshape(3, 32, 32).transpose(1, 2, 0))
     else:
         try:
-            with Image.open(source) as opened:
+            with Image.open(source, formats=FORMATS) as opened:
                 image = _rgb(opened)
         except Exception as error:  # Pillow raises a dozen kinds on broken files
             raise BadInput(f"{source} cannot be read as a picture ({error}): mend or remove it"
@@ -73,50 +77,105 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _decode_all(items: Items, side: int, title: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """uint8 [N, 3, side, side] and Long[N]; on threads, as Pillow lets go of Python's lock."""
-    pixels = torch.empty(len(items), 3, side, side, dtype=torch.uint8)
-    rows = pixels.numpy()
-
-    def fill(index: int) -> None:
-        rows[index] = decode(items[index][0], side)
-
+def decode_all(sources: list[Path | np.ndarray], side: int, title: str) -> torch.Tensor:
+    """uint8 [N, 3, side, side]; on threads, as Pillow lets go of Python's lock."""
+    pixels = torch.empty(len(sources), 3, side, side, dtype=torch.uint8)
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
         warnings.simplefilter("ignore")  # of odd metadata
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        done = pool.map(fill, range(len(items)))
-        for _ in tqdm(done, total=len(items), desc=title, unit="picture", disable=None):
-            pass
-    labels = [label for _, label in items]
-    return pixels, None if None in labels else torch.tensor(labels)
+        done = pool.map(decode, sources, itertools.repeat(side))
+        bar = tqdm(done, total=len(sources), desc=title, unit="picture", disable=None)
+        for picture, row in zip(bar, pixels.numpy()):
+            row[:] = picture
+    return pixels
 
 
-def _stamp(source: Path | np.ndarray, root: Path) -> object:
-    """What changes when a picture does."""
-    if isinstance(source, np.ndarray):
-        return hashlib.sha256(source).hexdigest()
-    try:
-        found = source.stat()
-    except OSError as error:
-        raise BadInput(f"{source} belongs to the data set but is missing: put it back (a published "
-                       f"set is fetched anew once {root} is moved away)") from error
-    return source.relative_to(root).as_posix(), found.st_size, found.st_mtime_ns
+def plain(path: str | Path, side: int) -> tuple[list[str], torch.Tensor]:
+    """Names and pixels uint8 [N, 3, side, side] of a folder's pictures, or of one; no labels."""
+    path = Path(path)
+    found = [path] if path.is_file() else pictures(path)
+    if not found:
+        raise BadInput(f"{path} holds no pictures ({' '.join(SUFFIXES)})")
+    names = [file.name if file == path else file.relative_to(path).as_posix() for file in found]
+    return names, decode_all(found, side, "pictures")
 
 
-def _cached(title: str, key: object, make: Callable[[], tuple[torch.Tensor, torch.Tensor | None]],
-            data_dir: Path) -> tuple[torch.Tensor, torch.Tensor | None, str]:
-    """What make() returns, and its hash, by way of the cache."""
-    def hashed() -> tuple[dict[str, torch.Tensor], dict]:
-        pixels, labels = make()
-        tensors = {"pixels": pixels} if labels is None else {"pixels": pixels, "labels": labels}
-        content = hashlib.sha256()
-        for tensor in tensors.values():
-            content.update(tensor.numpy())
-        return tensors, {"fingerprint": content.hexdigest()}
+# ----------------------------------------------------------------------------- folders to lists
 
-    key = hashlib.sha256(repr((VERSION, PIL.__version__, key)).encode()).hexdigest()
-    tensors, facts = data.cached(f"{title}-{key[:16]}", data_dir, hashed)
-    return tensors["pixels"], tensors.get("labels"), facts["fingerprint"]
+
+def state(root: Path) -> list[tuple]:
+    """What differs as soon as a picture or a list of pictures does."""
+    files = (path for path in root.rglob("*") if path.suffix.lower() in (*SUFFIXES, *LISTS))
+    stats = ((path.relative_to(root).as_posix(), path.stat()) for path in files)
+    # ctime: what writes other pixels may keep mtime
+    return sorted((name, now.st_size, now.st_mtime_ns, now.st_ctime_ns) for name, now in stats)
+
+
+def read(name: str, root: Path, side: int) -> tuple[dict[str, torch.Tensor], dict]:
+    """An official set's or one's own pictures and labels of each split; classes, what to tell.
+
+    One's own has a subfolder for each class, train/ and test/ optional; a flat one is unlabelled.
+    BadInput for what it lacks; any error where an official set is not as published.
+    """
+    classes, train, test = OFFICIAL.get(name, _own)(root)
+    tensors, told = {}, []
+    for split, items in (("train", train), ("test", test)):
+        if items:
+            tensors[split] = decode_all([file for file, _ in items], side, f"{root.name} {split}")
+        if items and classes:
+            tensors[f"{split}_labels"] = torch.tensor([label for _, label in items])
+    if name not in OFFICIAL and test and not (root / "test").is_dir():
+        told = ["no folder test: a fifth of each class, by a hash of the content, is held out"]
+    return tensors, {"classes": classes, "told": told}
+
+
+def _own(root: Path) -> Lists:
+    apart = (root / "train").is_dir() or (root / "test").is_dir()
+    train, test = _by_class(root / "train" if apart else root), {}
+    if (root / "test").is_dir():
+        test = _by_class(root / "test")
+    elif "" not in train:
+        train, test = _held_out(train, root)
+    if alien := [name or "pictures without a class" for name in test if name not in train]:
+        raise BadInput(f"{root / 'test'} has {alien[0]}, which {root / 'train'} lacks: the two "
+                       "need the same classes")
+    classes = [name for name in train if name]
+    return classes, _items(train, classes), _items(test, classes)
+
+
+def _by_class(folder: Path) -> dict[str, list[Path]]:
+    """class -> its pictures; the class is "" where the folder is flat."""
+    found = {}
+    for path in pictures(folder):
+        parts = path.relative_to(folder).parts
+        found.setdefault(parts[0] if len(parts) > 1 else "", []).append(path)
+    if "" in found and len(found) > 1:
+        raise BadInput(f"{folder} holds pictures ({found[''][0].name}) beside folders of pictures: "
+                       "have all in folders, one a class, or none")
+    below = [] if "" in found else sorted(path for path in folder.glob("[!.]*") if path.is_dir())
+    for path in below if found else [folder]:
+        if path.name not in found:
+            raise BadInput(f"{path} holds no pictures ({' '.join(SUFFIXES)}): add some, or remove "
+                           "the folder")
+    return dict(sorted(found.items()))
+
+
+def _held_out(found: dict[str, list[Path]], root: Path) -> tuple[dict, dict]:
+    """Each class without a fifth of its pictures, chosen by a hash of the content; that fifth."""
+    train, test = {}, {}
+    for name, paths in found.items():
+        paths = sorted(paths, key=fetch.digest)
+        count = max(1, round(len(paths) / 5)) if len(paths) > 1 else 0
+        test[name], train[name] = paths[:count], paths[count:]
+    if not any(test.values()):
+        raise BadInput(f"{root} has one picture a class, so that none can be held out: add more, "
+                       "or a folder test")
+    return train, test
+
+
+def _items(found: dict[str, list[Path]], classes: list[str]) -> Items:
+    return [(path, classes.index(name) if name else None)
+            for name, paths in found.items() for path in paths]
 
 
 # ----------------------------------------------------------------------------- the seven data sets
@@ -127,193 +186,75 @@ def _lines(path: Path) -> list[str]:
     return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-def _aircraft(root: Path) -> tuple[list[str], Items, Items]:
-    data = root / "data"
-    classes = _lines(data / "variants.txt")
-    train, test = ([(data / "images" / f"{line.split(' ', 1)[0]}.jpg",
-                     classes.index(line.split(" ", 1)[1]))  # a variant's name may hold blanks
-                    for line in _lines(data / f"images_variant_{split}.txt")]
-                   for split in ("trainval", "test"))
-    return classes, train, test
+def _listed(folder: Path, names: list[str], classes: list[str]) -> Items:
+    """Pictures by their names, which are class/picture."""
+    return [(folder / name, classes.index(name.split("/")[0])) for name in names]
 
 
-def _cub(root: Path) -> tuple[list[str], Items, Items]:
-    names, paths, classes, is_train = (
-        dict(line.split(" ", 1) for line in _lines(root / f"{file}.txt"))
-        for file in ("classes", "images", "image_class_labels", "train_test_split"))
-    order = {key: label for label, key in enumerate(names)}
-    train, test = ([(root / "images" / path, order[classes[key]])
-                    for key, path in paths.items() if is_train[key] == split] for split in "10")
-    return list(names.values()), train, test
+def _aircraft(root: Path) -> Lists:
+    def split(name: str) -> Items:
+        rows = [line.split(" ", 1) for line in _lines(root / f"data/images_variant_{name}.txt")]
+        return [(root / f"data/images/{key}.jpg", classes.index(kind)) for key, kind in rows]
+
+    classes = _lines(root / "data/variants.txt")
+    return classes, split("trainval"), split("test")
 
 
-def _chest_xray(root: Path) -> tuple[list[str], Items, Items]:
-    classes = ["NORMAL", "PNEUMONIA"]
-    train, test = ([(path, label) for label, name in enumerate(classes)
-                    for path in _pictures(root / split / name)] for split in ("train", "test"))
-    return classes, train, test
+def _cub(root: Path) -> Lists:
+    def table(name: str) -> dict[str, str]:
+        return dict(line.split(" ", 1) for line in _lines(root / f"{name}.txt"))
+
+    classes, label, is_train = map(table, ("classes", "image_class_labels", "train_test_split"))
+    order, items = list(classes), {"1": [], "0": []}
+    for key, path in table("images").items():
+        items[is_train[key]].append((root / "images" / path, order.index(label[key])))
+    return list(classes.values()), items["1"], items["0"]
 
 
-def _dtd(root: Path) -> tuple[list[str], Items, Items]:
-    train, val, test = (_lines(root / "labels" / f"{split}1.txt")
-                        for split in ("train", "val", "test"))
-    classes = sorted({line.split("/")[0] for line in train + val})
-    train, test = ([(root / "images" / line, classes.index(line.split("/")[0])) for line in lines]
-                   for lines in (train + val, test))
-    return classes, train, test
+def _chest_xray(root: Path) -> Lists:
+    train, test = _by_class(root / "train"), _by_class(root / "test")
+    return list(train), _items(train, list(train)), _items(test, list(train))
 
 
-def _dogs(root: Path) -> tuple[list[str], Items, Items]:
+def _dtd(root: Path) -> Lists:
+    train, val, test = (_lines(root / f"labels/{split}1.txt") for split in ("train", "val", "test"))
+    classes, folder = sorted({name.split("/")[0] for name in train + val}), root / "images"
+    return classes, _listed(folder, train + val, classes), _listed(folder, test, classes)
+
+
+def _dogs(root: Path) -> Lists:
     from scipy.io import loadmat  # slow to import, and only two data sets need it
 
-    lists = [loadmat(root / "lists" / f"{split}_list.mat") for split in ("train", "test")]
-    files = [[cell[0].item() for cell in part["file_list"]] for part in lists]  # folder/picture
-    folders = sorted({file.split("/")[0] for file in files[0]})  # also the order of their labels
-    train, test = ([(root / "Images" / file, folders.index(file.split("/")[0])) for file in part]
-                   for part in files)
-    return [folder.split("-", 1)[1] for folder in folders], train, test
+    def names(split: str) -> list[str]:
+        cells = loadmat(root / f"lists/{split}_list.mat")["file_list"]  # [N, 1]
+        return [cell.item() for cell in cells[:, 0]]
+
+    train, test, folder = names("train"), names("test"), root / "Images"
+    kinds = sorted({name.split("/")[0] for name in train})  # also the order of their labels
+    classes = [kind.split("-", 1)[1] for kind in kinds]
+    return classes, _listed(folder, train, kinds), _listed(folder, test, kinds)
 
 
-def _flower(root: Path) -> tuple[list[str], Items, Items]:
+def _flower(root: Path) -> Lists:
     from scipy.io import loadmat
 
-    labels, split = loadmat(root / "imagelabels.mat")["labels"][0], loadmat(root / "setid.mat")
-    train, test = ([(root / "jpg" / f"image_{number:05d}.jpg", int(labels[number - 1]) - 1)
-                    for part in parts for number in split[part][0]]
-                   for parts in (("trnid", "valid"), ("tstid",)))
-    return [str(label + 1) for label in range(labels.max())], train, test
+    def split(*parts: str) -> Items:
+        numbers = np.concatenate([ids[part][0] for part in parts])
+        return [(root / f"jpg/image_{n:05d}.jpg", int(labels[n - 1]) - 1) for n in numbers]
+
+    labels, ids = loadmat(root / "imagelabels.mat")["labels"][0], loadmat(root / "setid.mat")
+    classes = [str(label + 1) for label in range(labels.max())]
+    return classes, split("trnid", "valid"), split("tstid")
 
 
-def _cifar100(root: Path) -> tuple[list[str], Items, Items]:
-    # a record is one byte for the coarse class, one for the fine class and three planes of 32 x 32
-    train, test = ([(record[2:], int(record[1])) for record in
-                    np.fromfile(root / f"{split}.bin", np.uint8).reshape(-1, 3074)]
-                   for split in ("train", "test"))
-    return _lines(root / "fine_label_names.txt"), train, test
+def _cifar100(root: Path) -> Lists:
+    def split(name: str) -> Items:
+        # a record: a byte for the coarse class, one for the fine class, three planes of 32 x 32
+        records = np.fromfile(root / f"{name}.bin", np.uint8).reshape(-1, 3074)
+        return [(record[2:], int(record[1])) for record in records]
+
+    return _lines(root / "fine_label_names.txt"), split("train"), split("test")
 
 
-OFFICIAL = {  # name: its reader, and which pictures count as training and as test
-    "aircraft": (_aircraft, "images_variant_trainval.txt / images_variant_test.txt"),
-    "cub": (_cub, "train_test_split.txt"),
-    "chest_xray": (_chest_xray, "train / test"),
-    "dtd": (_dtd, "train1.txt and val1.txt / test1.txt"),
-    "dogs": (_dogs, "train_list.mat / test_list.mat"),
-    "flower": (_flower, "trnid and valid / tstid of setid.mat"),
-    "cifar100": (_cifar100, "train.bin / test.bin")}
-
-
-# ----------------------------------------------------------------------------- one's own folders
-
-
-def _pictures(folder: Path) -> list[Path]:
-    """All pictures below a folder in an order that no system changes, hidden ones left out."""
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")
-                   if path.suffix.lower() in SUFFIXES)
-    return [folder / name for name in names if "/." not in f"/{name}"]
-
-
-def _by_class(folder: Path) -> dict[str, list[Path]]:
-    """class -> its pictures; the class is "" where the folder is flat."""
-    found = {}
-    for path in _pictures(folder):
-        parts = path.relative_to(folder).parts
-        found.setdefault(parts[0] if len(parts) > 1 else "", []).append(path)
-    if "" in found and len(found) > 1:
-        raise BadInput(f"{folder} holds pictures ({found[''][0].name}) beside folders of pictures: "
-                       "have all in folders, one a class, or none")
-    for path in sorted(folder.iterdir()) if found and "" not in found else ():
-        if path.is_dir() and path.name not in found and not path.name.startswith("."):
-            raise BadInput(f"{path} holds no pictures ({' '.join(SUFFIXES)}): a class needs some, "
-                           "so add them or remove the folder")
-    return dict(sorted(found.items()))
-
-
-def _own(root: Path) -> tuple[list[str], Items, Items, str]:
-    train_root, test_root = root / "train", root / "test"
-    if test_root.is_dir() and not train_root.is_dir():
-        raise BadInput(f"{root} has a folder test but none called train: add one")
-    train = _by_class(train_root if train_root.is_dir() else root)
-    test = _by_class(test_root) if test_root.is_dir() else {}
-    if not train:
-        raise BadInput(f"{root} holds no pictures to train on ({' '.join(SUFFIXES)})")
-    for name in test:
-        if name not in train:
-            raise BadInput(f"{test_root} has {name or 'pictures without a class'}, which "
-                           f"{train_root} lacks: the two need the same classes")
-    note = "train / test" if test else "all pictures, without labels"
-    if not test and "" not in train:
-        note = "no folder test: a fifth of each class, chosen by a hash of the content, is held out"
-        for name, paths in train.items():
-            paths = sorted(paths, key=fetch.digest)
-            count = max(1, round(len(paths) / 5)) if len(paths) > 1 else 0
-            test[name], train[name] = paths[:count], paths[count:]
-        if not any(test.values()):
-            raise BadInput(f"{root} has one picture a class, so that none can be held out: add "
-                           "more, or a folder test")
-    classes = [name for name in train if name]
-    train, test = ([(path, classes.index(name) if name else None) for name in part
-                    for path in part[name]] for part in (train, test))
-    return classes, train, test, note
-
-
-def _shared(train: Items, test: Items) -> int:
-    """How many test pictures have the very bytes of a training picture."""
-    sizes = {source.stat().st_size for source, _ in train}  # few files need to be read
-    alike = [source for source, _ in test if source.stat().st_size in sizes]
-    sizes = {source.stat().st_size for source in alike}
-    known = {fetch.digest(source) for source, _ in train if source.stat().st_size in sizes}
-    return sum(fetch.digest(source) in known for source in alike)
-
-
-def load(name: str, data_dir: str | Path, side: int) -> object:
-    """A data set by name or one's own folder: splits uint8 [N, 3, side, side], labels Long[N].
-
-    A folder has a subfolder for each class, train/ and test/ optional; a flat one is unlabelled. Of
-    labelled pictures without test/ a fifth is held out. Decoded once, then mapped from
-    data_dir/cache. Raises BadInput for what cannot be found or read.
-    """
-    data_dir = Path(os.path.expanduser(data_dir))
-    if name == "toybirds":
-        drawn = fetch.digest(Path(toybirds.__file__))  # the pictures change with that file
-        parts = [_cached(f"toybirds-{split}-{side}", (drawn, split, each, side),
-                         partial(toybirds.toybirds, split, each, side), data_dir)
-                 for split, each in (("train", 40), ("test", 50))]
-        classes, note = [str(kind + 1) for kind in range(20)], "drawn by this program"
-    else:
-        if name in OFFICIAL:
-            root, (read, rule) = fetch.dataset(name, data_dir), OFFICIAL[name]
-            note = f"{fetch.DATASETS[name][1]}; split: {rule}"
-            try:
-                classes, train, test = read(root)
-                if not train or not test:
-                    raise ValueError("a split has no pictures")
-            except Exception as error:  # text, .mat and binary files fail in as many ways
-                raise BadInput(f"{root} does not hold {name} as it is published ({error}): move it "
-                               "away to have it fetched anew") from error
-        elif os.path.isdir(os.path.expanduser(name)):
-            root = Path(os.path.expanduser(name)).resolve()
-            classes, train, test, note = _own(root)
-        else:
-            raise BadInput(f"no pictures at {name!r}: give a folder of pictures, toybirds, "
-                           f"{', '.join(OFFICIAL)}")
-        parts = [_cached(f"{root.name}-{split}-{side}",
-                         (side, [(_stamp(source, root), label) for source, label in items]),
-                         partial(_decode_all, items, side, f"{root.name} {split}"), data_dir)
-                 if items else (None, None, "")
-                 for split, items in (("train", train), ("test", test))]
-        if name != "cifar100" and (shared := _shared(train, test)):
-            note += fetch.warn(f"also among the training pictures: {shared} of {len(test)} test "
-                               "pictures")
-    (train, train_labels, first), (test, test_labels, second) = parts
-    return data.Data(name, train, train_labels, test, test_labels, classes, "accuracy", note=note,
-                fingerprint=hashlib.sha256((first + second).encode()).hexdigest())
-
-
-def plain(path: str | Path, side: int) -> tuple[list[str], torch.Tensor]:
-    """Names and pixels uint8 [N, 3, side, side] of a folder's pictures, or of one; no labels."""
-    path = Path(path)
-    found = [path] if path.is_file() else _pictures(path)
-    if not found:
-        raise BadInput(f"{path} holds no pictures ({' '.join(SUFFIXES)})")
-    names = [file.name if file == path else file.relative_to(path).as_posix() for file in found]
-    return names, _decode_all([(file, None) for file in found], side, "pictures")[0]
+OFFICIAL = {"aircraft": _aircraft, "cub": _cub, "chest_xray": _chest_xray, "dtd": _dtd,
+            "dogs": _dogs, "flower": _flower, "cifar100": _cifar100}

@@ -93,13 +93,11 @@ def _clutter(rng: np.random.Generator, draw: ImageDraw.ImageDraw, side: int, cou
 
 def _bird(rng: np.random.Generator, species: Species) -> list[tuple[str, np.ndarray]]:
     """A bird's parts, back to front, facing right: (colour, outline); about 2 units long."""
-    def size() -> float:
-        return rng.normal(1, 0.06)
-
-    height, wing = 0.5 * species.build * size(), 0.3 * size()
+    high, wide, long, broad = rng.normal(1, 0.06, 4)
+    height, wing = 0.5 * species.build * high, 0.3 * wide
     tip = {"square": [(-1, -.13), (-1, .13)], "forked": [(-1.05, -.22), (-.8, 0), (-1.05, .22)],
            "pointed": [(-1.1, 0)]}[species.tail_shape]
-    tail = np.array([(-.38, -.1), *tip, (-.38, .1)]) * [size(), size()]
+    tail = np.array([(-.38, -.1), *tip, (-.38, .1)]) * [long, broad]
     head = _ellipse(.46, -.62 * height - .12, .21, .21)
     beak = np.array([(.62, -.62 * height - .2), (.62 + species.beak, -.62 * height - .1),
                      (.62, -.62 * height - .03)])
@@ -139,17 +137,22 @@ def draw_toybird(rng: np.random.Generator, species: Species | None, side: int = 
 
 
 def toybirds(split: str, each: int, side: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
-    """`each` labelled pictures of every species: uint8 [N, 3, side, side] and Long[N].
-
-    split "train", "test" or "validation" (for choosing settings) decides the draws; the same call
-    always gives the same pictures.
-    """
+    """`each` pictures of every species, always the same: uint8 [N, 3, side, side] and Long[N]."""
     kinds = toybird_species()
+    # validation is for choosing settings
     rng = np.random.default_rng({"train": 1, "test": 2, "validation": 3}[split])
     labels = [label for label in range(len(kinds)) for _ in range(each)]
     pixels = np.stack([draw_toybird(rng, kinds[label], side) for label in labels])  # [N, S, S, 3]
     pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()  # [N, 3, S, S]
     return pixels, torch.tensor(labels)
+
+
+def read(side: int) -> tuple[dict[str, torch.Tensor], dict]:
+    """The data set's pictures and labels of each split; classes, what to tell."""
+    tensors = {}
+    for split, each in (("train", 40), ("test", 50)):
+        tensors[split], tensors[f"{split}_labels"] = toybirds(split, each, side)
+    return tensors, {"classes": [str(kind + 1) for kind in range(20)], "told": []}
 
 
 def unlabelled_birds(count: int, rng: np.random.Generator, side: int = 40) -> torch.Tensor:

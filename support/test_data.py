@@ -1,0 +1,455 @@
+"""The data layer: every layout, decoding, the cache, texts as tensors; what is refused and when."""
+import json
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import EpsImagePlugin, Image
+from scipy.io import savemat
+from tokenizers import Tokenizer, normalizers
+from torch import nn
+
+from support import data, fetch, images, texts, toybirds
+from support.draws import generator
+from support.fetch import BadInput
+from support.settings import Config
+
+TOKENIZER = Tokenizer.from_file(str(fetch.ROOT / "weights/tokenizer.json"))
+real = pytest.mark.skipif("REAL_DATA" not in os.environ, reason="REAL_DATA names no real data")
+
+
+def load(name, data_dir, size=8, tokenizer=TOKENIZER, **flags):
+    """A data set as a model of pictures of this side, or of texts of this length, takes it."""
+    config = Config(dataset=str(name), data_dir=str(data_dir), **flags)
+    sizes = SimpleNamespace(image_size=size, max_length=size)
+    return data.load(config, SimpleNamespace(
+        modality=config.modality, tokenizer=tokenizer, config=sizes))
+
+
+def make(root, files):
+    """Make files of a name and a content: a grey for a picture, text, bytes or a .mat's arrays."""
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, int):
+            Image.new("L", (6, 4), content).save(path, quality=100)  # as JPEG exact, too
+        elif isinstance(content, dict):
+            savemat(path, content)
+        else:
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return root
+
+
+def greys(root, **counts):
+    """train_a=3: pictures of the greys 0, 1, 2 in train/a; the next folder's begin at 20, …"""
+    for first, (name, count) in enumerate(counts.items()):
+        (root / name.replace("_", "/")).mkdir(parents=True, exist_ok=True)
+        make(root / name.replace("_", "/"), {f"{i}.bmp": 20 * first + i for i in range(count)})
+    return root
+
+
+def values(pixels):
+    """The greys that pictures were made of."""
+    assert pixels.dtype == torch.uint8 and (pixels == pixels[:, :1, :1, :1]).all()
+    return pixels[:, 0, 0, 0].tolist()
+
+
+def jsonl(*rows):
+    """The lines of a file of (text, label)s; without the label where that is None."""
+    lines = [{"text": text} | ({"label": label} if label else {}) for text, label in rows]
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def words(split):
+    """The texts that token ids stand for."""
+    return [TOKENIZER.decode(split[torch.tensor([i])][0].tolist()) for i in range(len(split))]
+
+
+# ----------------------------------------------------------------------------- decoding
+
+HOLED = Image.new("RGB", (6, 4), (200, 30, 60))
+HOLED.info["transparency"] = (200, 30, 60)
+
+
+@pytest.mark.parametrize("name, image, colour", [
+    ("x.jpg", Image.new("L", (6, 4), 77), (77, 77, 77)),
+    ("x.png", Image.new("RGBA", (6, 4), (0, 0, 0, 51)), (204, 204, 204)),  # 1/5 of black on white
+    ("x.png", HOLED, (255, 255, 255)),
+    ("x.tif", Image.new("CMYK", (6, 4), (0, 255, 255, 0)), (255, 0, 0)),
+    ("x.png", Image.fromarray(np.full((4, 6), 200 * 257, np.uint16)), (200, 200, 200)),
+    ("x.webp", Image.new("1", (6, 4), 1), (255, 255, 255)),
+    ("x.ppm", Image.new("RGB", (6, 4), (200, 30, 60)), (200, 30, 60))])
+def test_decode_shows_the_colour_of_every_mode(tmp_path, name, image, colour):
+    image.save(tmp_path / name)
+    pixels = images.decode(tmp_path / name, 8)
+    assert pixels.dtype == np.uint8 and pixels.shape == (3, 8, 8)
+    assert (pixels == np.array(colour).reshape(3, 1, 1)).all()
+
+
+def test_decode_is_pillows_bilinear_squash_without_exif_turn(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    exif = image.getexif()
+    exif[274] = 6  # "turn me by 90 degrees"
+    image.save(tmp_path / "x.png", exif=exif)
+    expected = np.asarray(image.resize((16, 16), Image.Resampling.BILINEAR))
+    assert (images.decode(tmp_path / "x.png", 16) == expected.transpose(2, 0, 1)).all()
+
+
+@pytest.mark.parametrize("content", ["nothing", "cut", "bomb", "float"])
+def test_decode_names_what_it_cannot_read(tmp_path, monkeypatch, content):
+    path = tmp_path / ("odd name.tif" if content == "float" else "odd name.png")
+    Image.new("F" if content == "float" else "L", (300, 300), 7).save(path)
+    if content == "bomb":
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60_000)  # up to twice as many only warn
+    elif content != "float":
+        path.write_bytes(path.read_bytes()[:-30] if content == "cut" else b"")
+    with pytest.raises(BadInput, match="odd name.* cannot be read as a picture"):
+        images.plain(tmp_path, 8)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the stand-in for Ghostscript is a shell script")
+def test_a_picture_starts_no_program(tmp_path, monkeypatch):
+    head = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+    make(tmp_path, {"x.jpg": head, "gs": f"#!/bin/sh\ntouch {tmp_path}/ran\n"})
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for formats, runs in ((images.FORMATS, False), (None, True)):  # it would, were any format read
+        monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # found on an earlier PATH
+        monkeypatch.setattr(images, "FORMATS", formats)
+        with pytest.raises(BadInput, match="x.jpg cannot be read"):
+            images.decode(tmp_path / "x.jpg", 8)
+        assert (tmp_path / "ran").exists() == runs
+
+
+# ----------------------------------------------------------------------------- published pictures
+
+
+def record(label, *planes):
+    """One of CIFAR's: the coarse class, the fine class, the three planes' colours."""
+    return bytes([19, label]) + b"".join(bytes([value]) * 1024 for value in planes)
+
+
+PICTURES = {  # name: its files, classes, training greys and labels, test greys and labels
+    "aircraft": ({
+        "data/variants.txt": "707-320\nCessna 172\nF/A-18\n", "data/images/10.jpg": 10,
+        "data/images_variant_trainval.txt": "10 707-320\n11 F/A-18\n", "data/images/11.jpg": 11,
+        "data/images_variant_test.txt": "13 Cessna 172\n", "data/images/13.jpg": 13},
+        ["707-320", "Cessna 172", "F/A-18"], [10, 11], [0, 2], [13], [1]),
+    "cub": ({
+        "classes.txt": "1 001.Auk\n5 005.Wren\n", "image_class_labels.txt": "1 1\n2 5\n3 5\n",
+        "images.txt": "1 001.Auk/a.jpg\n2 005.Wren/b c.jpg\n3 005.Wren/d.jpg\n",
+        "train_test_split.txt": "1 1\n2 0\n3 1\n", "images/001.Auk/a.jpg": 1,
+        "images/005.Wren/b c.jpg": 2, "images/005.Wren/d.jpg": 3},
+        ["001.Auk", "005.Wren"], [1, 3], [0, 1], [2], [1]),
+    "chest_xray": ({
+        "train/NORMAL/a.jpeg": 0, "train/PNEUMONIA/b.jpeg": 1, "val/NORMAL/c.jpg": 2,
+        "test/PNEUMONIA/d.jpg": 3, "test/NORMAL/e.jpeg": 4, "train/NORMAL/._a.jpeg": b"of macOS"},
+        ["NORMAL", "PNEUMONIA"], [0, 1], [0, 1], [4, 3], [0, 1]),
+    "dtd": ({
+        "labels/train1.txt": "dotted/x.jpg\n", "labels/val1.txt": "banded/y.jpg\n",
+        "labels/test1.txt": "dotted/z.jpg\n", "labels/train2.txt": "of/another-partition.jpg\n",
+        "images/dotted/x.jpg": 0, "images/banded/y.jpg": 1, "images/dotted/z.jpg": 2},
+        ["banded", "dotted"], [0, 1], [1, 0], [2], [1]),
+    "dogs": ({
+        "lists/train_list.mat": {"file_list": np.array([["n1-Pug/a.jpg"], ["n2-Chow/b.jpg"]], "O")},
+        "lists/test_list.mat": {"file_list": np.array([["n2-Chow/c.jpg"]], "O")},
+        "Images/n1-Pug/a.jpg": 0, "Images/n2-Chow/b.jpg": 1, "Images/n2-Chow/c.jpg": 2},
+        ["Pug", "Chow"], [0, 1], [0, 1], [2], [1]),
+    "flower": ({
+        "imagelabels.mat": {"labels": np.array([[2, 1, 3, 2]], np.uint8)},
+        "setid.mat": {"trnid": [[4]], "valid": [[1, 2]], "tstid": [[3]]}, "jpg/image_00001.jpg": 1,
+        "jpg/image_00002.jpg": 2, "jpg/image_00003.jpg": 3, "jpg/image_00004.jpg": 4},
+        ["1", "2", "3"], [4, 1, 2], [1, 1, 0], [3], [2]),
+    "cifar100": ({
+        "fine_label_names.txt": "apple\nbee\n\n", "test.bin": record(1, 7, 7, 7),
+        "train.bin": record(1, 5, 5, 5) + record(0, 6, 6, 6)},
+        ["apple", "bee"], [5, 6], [1, 0], [7], [1])}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_published_pictures(tmp_path, name):
+    files, classes, train, train_labels, test, test_labels = PICTURES[name]
+    root = make(tmp_path / fetch.DATASETS[name][0], files)
+    found = load(name, tmp_path)
+    assert (found.name, found.classes, found.metric) == (name, classes, "accuracy")
+    assert (values(found.train), found.train_labels.tolist()) == (train, train_labels)
+    assert (values(found.test), found.test_labels.tolist()) == (test, test_labels)
+    lists = [root / file for file in files if file.endswith((".txt", ".mat", ".bin"))]
+    (lists[0] if lists else root / "test").rename(tmp_path / "elsewhere")
+    with pytest.raises(BadInput, match="move it away to have it fetched anew|holds no pictures"):
+        load(name, tmp_path)
+
+
+def test_cifars_planes_are_red_green_blue_and_not_none(tmp_path):
+    root = make(tmp_path / "cifar-100-binary", PICTURES["cifar100"][0])
+    make(root, {"test.bin": record(1, 7, 8, 9)})
+    assert load("cifar100", tmp_path).test[0, :, 4, 4].tolist() == [7, 8, 9]
+    make(root, {"test.bin": b""})
+    with pytest.raises(BadInput, match="does not hold cifar100 as it is published"):
+        load("cifar100", tmp_path)
+
+
+@pytest.mark.parametrize("name, damage", [
+    ("cifar100", {"test.bin": record(200, 7, 7, 7)}),
+    ("flower", {"imagelabels.mat": {"labels": np.array([[2, 0, 3, 2]], np.uint8)}})])
+def test_labels_out_of_range_are_refused(tmp_path, name, damage):
+    make(tmp_path / fetch.DATASETS[name][0], PICTURES[name][0] | damage)
+    for _ in "12":  # from the files and from the cache
+        with pytest.raises(BadInput, match=f"{name} has labels from .* classes, which are 0 to"):
+            load(name, tmp_path)
+
+
+# ----------------------------------------------------------------------------- one's own pictures
+
+
+def test_own_folder_with_train_and_test(tmp_path):
+    names = sorted(["it's", "naïve 鳥", *(['say "hi"\n', " blank"] if os.name != "nt" else [])])
+    for label, name in enumerate(names):
+        make(tmp_path / "my set", {f"train/{name}/a.png": 9 * label, f"train/{name}/b.png": 7,
+                                   f"test/{name}/deeper/c.png": label, f"train/{name}/d.txt": "no"})
+    make(tmp_path / "my set", {"train/.hidden/x.png": 1})
+    found, labels = load(tmp_path / "my set", tmp_path), range(len(names))
+    assert found.classes == names and found.labelled
+    assert found.test_labels.tolist() == values(found.test) == list(labels)
+    assert found.train_labels[::2].tolist() == found.train_labels[1::2].tolist() == list(labels)
+    assert values(found.train[::2]) == [9 * label for label in labels]
+
+
+def test_own_folder_without_test_holds_a_fifth_out_by_content(tmp_path):
+    root = greys(tmp_path / "set", a=10, b=5, c=2, d=1)
+    first = load(root, tmp_path)
+    assert first.test_labels.tolist() == [0, 0, 1, 2] and "a fifth of each class" in first.note
+    assert first.train_labels.tolist() == [0] * 8 + [1] * 4 + [2, 3]
+    assert not set(values(first.test)) & set(values(first.train))
+    for index, path in enumerate(sorted(root.rglob("*.bmp"), reverse=True)):
+        path.rename(path.with_name(f"new{index:02}.BMP"))
+    assert sorted(values(load(root, tmp_path).test)) == sorted(values(first.test))
+
+
+def test_own_folder_that_is_flat_is_unlabelled(tmp_path):
+    for name in ("set", "set_train"):
+        found = load(greys(tmp_path, **{name: 4}) / "set", tmp_path)
+        assert values(found.train) == [0, 1, 2, 3] and found.classes == [] and not found.labelled
+        assert (found.train_labels, found.test, found.test_labels) == (None, None, None)
+        shutil.rmtree(tmp_path / "set")
+
+
+@pytest.mark.parametrize("said, counts", [
+    ("set.test holds no pictures", dict(train_a=6, train_b=6, test=0)),
+    ("set.test holds no pictures", dict(train_a=6, train_b=6, test_a=0)),
+    ("train.b holds no pictures", dict(train_a=6, train_b=0, test_a=1)),
+    ("set.train holds no pictures", dict(test_a=1)), ("set holds no pictures", dict(notes=0)),
+    ("beside folders of pictures", dict(train_a=1, train=1)),
+    ("test has c, which .*train lacks", dict(train_a=1, train_b=1, test_c=1)),
+    ("one picture a class", dict(a=1, b=1)), ("one class, 'a'", dict(a=6))])
+def test_own_folder_in_a_mess_says_what_to_do(tmp_path, said, counts):
+    with pytest.raises(BadInput, match=said):
+        load(greys(tmp_path / "set", **counts), tmp_path)
+
+
+def test_pictures_are_decoded_once(tmp_path, monkeypatch):
+    root = greys(tmp_path / "set", train_a=5, train_b=1, test_a=2)
+    first = load(root, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "decode", None)
+        again = load(root, tmp_path)
+    assert values(again.train) == values(first.train) and again.fingerprint == first.fingerprint
+    again.train.zero_()  # memory of its own: the file stays as it is
+    assert values(load(root, tmp_path).train) == values(first.train)
+    assert load(root, tmp_path, 4).train.shape[-1] == 4
+    path = root / "train/a/0.bmp"  # other pixels, but as long and as old
+    before = path.stat()
+    make(root, {"train/a/0.bmp": 99})
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    changed = load(root, tmp_path)
+    assert values(changed.train)[0] == 99 and changed.fingerprint != first.fingerprint
+    (root / "train/a/4.bmp").rename(root / "train/b/+.bmp")  # the next class's first
+    moved = load(root, tmp_path)
+    assert torch.equal(moved.train, changed.train) and moved.fingerprint != changed.fingerprint
+
+
+def test_the_cache_is_made_anew_or_elsewhere_or_not_at_all(tmp_path, monkeypatch):
+    root, (home, closed) = greys(tmp_path / "set", a=5, b=5), (tmp_path / "home", tmp_path / "file")
+    first = values(load(root, tmp_path).train)
+    (file,) = (tmp_path / "cache").iterdir()
+    file.unlink()  # the old one is still mapped
+    file.write_bytes(b"noise")
+    assert values(load(root, tmp_path).train) == first and file.stat().st_size > 1000
+    closed.write_text("a file, which can hold no folder")
+    for place, made in ((home, True), (closed, False)):
+        for name in ("HOME", "USERPROFILE"):
+            monkeypatch.setenv(name, str(place))
+        assert values(load(root, closed).train) == first
+        assert (place / ".cache/self-distillation" / file.name).exists() == made
+
+
+# ----------------------------------------------------------------------------- texts
+
+
+def test_texts_batch_like_padding_by_hand():
+    lengths = torch.tensor([3, 7, 2, 5, 5])
+    pieces = torch.arange(10, 32, dtype=torch.int32).split(lengths.tolist())
+    found = texts.Texts(torch.cat(pieces), nn.functional.pad(lengths.cumsum(0), (1, 0)), pad_id=1)
+    for index in map(torch.tensor, ([0, 2], [4, 1, 1], [2], [3, 0, 4])):
+        by_hand = nn.utils.rnn.pad_sequence([pieces[i].long() for i in index], True, 1)
+        assert torch.equal(found[index], by_hand)
+        assert torch.equal(found.take(index)[torch.arange(len(index))], by_hand)
+        assert torch.equal(found.places(index)[1], by_hand == 1)
+    assert len(found) == 5 and len(found.take(torch.tensor([], dtype=torch.int64))) == 0
+
+
+def test_texts_are_cut_cached_and_free_of_their_folder(tmp_path, monkeypatch):
+    long = [("o x " * n, "ab"[n % 2]) for n in (1, 2, 30, 31)]
+    make(tmp_path / "A/scierc", {"train.jsonl": jsonl(*long), "dev.jsonl": jsonl(("x", "a")),
+                                 "test.jsonl": jsonl(("a <mask> b", "a"), ("o x ", "b"))})
+    first = load("scierc", tmp_path / "A", 20)
+    ids = first.train[torch.arange(4)]
+    assert ids.shape == (4, 20) and ids[:, 0].eq(0).all() and ids[2:, 19].eq(2).all()
+    assert first.train_labels.tolist() == [1, 0, 0, 1] and first.metric == "macro_f1"
+    assert words(first.test)[0] == "a <mask> b"  # its letters, not the token
+    for told in ("not used: 1 development texts", "longer than 20 tokens and cut: 2 of 4 train",
+                 "also among the training texts: 1 of 2 test texts"):
+        assert told in first.note
+    shutil.copytree(tmp_path / "A", tmp_path / "B")
+    with monkeypatch.context() as patch:
+        patch.setattr(texts, "tokenise", None)
+        again = load("scierc", tmp_path / "B", 20)
+    assert torch.equal(again.train.ids, first.train.ids)
+    assert (again.fingerprint, again.note) == (first.fingerprint, first.note)
+    make(tmp_path / "B/scierc", {"train.jsonl": jsonl(*long[:3])})
+    assert load("scierc", tmp_path / "B", 20).fingerprint != first.fingerprint
+    with pytest.raises(BadInput, match="no tokenizer.json beside them"):
+        load("scierc", tmp_path / "B", 20, None)
+
+
+def test_one_jsonl_file_is_divided_and_equal_texts_stay_together(tmp_path):
+    rows = [(f"text number {i // 2}", "xyz"[i // 2 % 3]) for i in range(120)]
+    make(tmp_path, {"a.jsonl": jsonl(*rows), "b.jsonl": jsonl(("a b", None))})
+    found = load(tmp_path / "a.jsonl", tmp_path, 64)
+    train, test = (set(words(split)) for split in (found.train, found.test))
+    assert (len(found.train), len(found.test), found.classes) == (96, 24, ["x", "y", "z"])
+    assert not train & test and train | test == {text for text, _ in rows}
+    assert found.test_labels.bincount().tolist() == [8, 8, 8]
+    kept, held_out = texts.divide([(str(i), "x") for i in range(100, 200)], 0.8)
+    assert max(kept) > min(held_out)  # by a hash, not by the alphabet
+    found = load(tmp_path / "b.jsonl", tmp_path, 64)
+    assert found.classes == [] and found.test is None and not found.labelled
+
+
+def test_tweets_by_line(tmp_path):
+    files = {"mapping.txt": "0\tanger\n1\tjoy\n", "val_text.txt": "v\n", "val_labels.txt": "0\n",
+             "train_text.txt": "one\u2028line\ntwo\n", "train_labels.txt": "1\n0\n",
+             "test_text.txt": "three\n", "test_labels.txt": "1\n"}
+    make(tmp_path / "twitter_emotion", files)
+    found = load("twitter_emotion", tmp_path, 64)
+    assert words(found.train) == ["one\u2028line", "two"] and found.classes[1] == "joy"
+    assert (found.train_labels.tolist(), found.test_labels.tolist()) == ([1, 0], [1])
+    make(tmp_path / "twitter_emotion", {"test_labels.txt": "1\n0\n"})
+    with pytest.raises(BadInput, match="does not hold twitter_emotion as it is published"):
+        load("twitter_emotion", tmp_path, 64)
+
+
+def test_pydocs(tmp_path):
+    found = load("pydocs", tmp_path, 4000)
+    train, test = (words(split) for split in (found.train, found.test))
+    assert not set(train) & set(test) and len(train) > 1000
+    assert found.test_labels.unique().tolist() == list(range(len(found.classes)))
+    labels = found.train_labels.tolist() + found.test_labels.tolist()
+    for text, label in zip(train + test, labels):
+        plain = "".join(c if c.isascii() and c.isalnum() else " " for c in text.lower()).split()
+        assert found.classes[label] not in plain and len(text.split()) >= 5
+
+
+@pytest.mark.parametrize("said, train, test", [
+    ("train.jsonl, line 2: not JSON", b'{"text": "a"}\n{"text": \n', None),
+    ('line 1: no "text"', '{"txt": "a"}\n', None), ("line 1: no", '{"text": " "}\n', None),
+    ('line 1: "label" is 3', '{"text": "a", "label": 3}\n', None),
+    ("line 2: some lines have a label", jsonl(("a", "x"), ("b", None)), None),
+    ("train.jsonl is not UTF-8", b'{"text": "caf\xe9"}\n', None), ("no texts", "\n", None),
+    ("the label 'y', which no", jsonl(("a", "x"), ("b", "z")), jsonl(("c", "y"))),
+    ("the label None, which no", jsonl(("a", "x"), ("b", "z")), jsonl(("c", None))),
+    ("one class, 'x'", jsonl(*[(str(i), "x") for i in range(9)]), None),
+    ("too few texts of each label", jsonl(("a", "x"), ("b", "y")), None),
+    ("finds nothing in '99'", jsonl(("a", None), ("99", None)), None)])
+def test_texts_in_a_mess_say_what_to_do(tmp_path, said, train, test):
+    tokenizer = Tokenizer.from_str(TOKENIZER.to_str())
+    tokenizer.normalizer = normalizers.Replace("9", "")
+    make(tmp_path / "set", {"train.jsonl": train} | ({"test.jsonl": test} if test else {}))
+    with pytest.raises(BadInput, match=said):
+        load(tmp_path / "set", tmp_path, 64, tokenizer)
+
+
+def test_toybirds_are_always_the_same_and_siblings_differ():
+    kinds = toybirds.toybird_species()
+    for i, one in enumerate(kinds):
+        for other in kinds[i // 4 * 4:i]:  # of one family
+            assert one[7:] == other[7:] and sum(a != b for a, b in zip(one, other)) >= 2
+    pixels, labels = toybirds.toybirds("test", 2, 24)
+    assert pixels.shape == (40, 3, 24, 24) and labels.tolist() == [i // 2 for i in range(40)]
+    assert torch.equal(pixels, toybirds.toybirds("test", 2, 24)[0])
+    more = torch.cat([pixels, toybirds.toybirds("train", 2, 24)[0]])
+    assert len(more.flatten(1).unique(dim=0)) == 80
+
+
+def test_balanced_takes_classes_alike():
+    labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 5)
+    chosen = data.balanced(labels, 85, 33, generator(0))
+    assert labels[chosen].bincount().tolist() == [14, 14, 5] and chosen.diff().gt(0).all()
+    assert torch.equal(chosen, data.balanced(labels, 85, 33, generator(0)))
+    assert not torch.equal(chosen, data.balanced(labels, 85, 33, generator(1)))
+    assert data.balanced(None, 85, 33, generator(0)).unique().numel() == 33
+    with pytest.raises(BadInput, match="--train-size 2 is less than the 3 classes"):
+        data.balanced(labels, 85, 2, generator(0))
+
+
+def test_load_cuts_pictures_with_their_labels(tmp_path):
+    root = greys(tmp_path / "set", train_a=19, train_b=70, test_a=19, test_b=70)
+    few, prints = dict(train_size=12), set()
+    for flags, sizes in (({}, (89, 89)), (few, (12, 89)), (few | dict(seed=1), (12, 89)),
+                         (dict(smoke=True), (80, 64))):
+        found = load(root, tmp_path, **flags)
+        assert sizes == (len(found.train), len(found.test))
+        assert found.train_labels.tolist() == [grey >= 20 for grey in values(found.train)]
+        assert found.test_labels.tolist() == [grey >= 60 for grey in values(found.test)]
+        prints.add(found.fingerprint)
+    assert len(prints) == 4
+    with pytest.raises(BadInput, match="--train-size is 90, but .* has 89 training examples"):
+        load(root, tmp_path, train_size=90)
+
+
+def test_plain_inputs_to_predict(tmp_path):
+    make(tmp_path, {"set/b/x.png": 9, "set/a.png": 5, "x.txt": "one\n\ntwo\n",
+                    "x.jsonl": jsonl(("one", "a label"), ("two", "x"))})
+    names, pixels = images.plain(tmp_path / "set", 8)
+    assert names == ["a.png", "b/x.png"] and values(pixels) == [5, 9]
+    assert images.plain(tmp_path / "set/a.png", 8)[0] == ["a.png"]
+    for file in ("x.txt", "x.jsonl"):
+        names, found = texts.plain(tmp_path / file, TOKENIZER, 20)
+        assert names == words(found) == ["one", "two"]
+
+
+@real
+@pytest.mark.parametrize("name, train, test, classes", [
+    ("cub", 1500, 1389, 50), ("flower", 2040, 6149, 102), ("chest_xray", 1200, 624, 2),
+    ("dtd", 800, 400, 10), ("dogs", 1200, 600, 120), ("cifar100", 1000, 500, 100),
+    ("chemprot", 4169, 3469, 13), ("acl_arc", 1688, 139, 6), ("scierc", 3219, 974, 7),
+    ("twitter_emotion", 3257, 1421, 4)])
+def test_real_data(tmp_path, name, train, test, classes):
+    folder = fetch.DATASETS[name][0]
+    (tmp_path / folder).symlink_to(Path(os.environ["REAL_DATA"]).resolve() / folder)
+    found = load(name, tmp_path, 16)
+    assert (len(found.train), len(found.test), len(found.classes)) == (train, test, classes)
+    assert found.train_labels.unique().tolist() == list(range(classes))
+
+
+@real
+def test_real_lists_of_aircraft():
+    classes, train, test = images.OFFICIAL["aircraft"](
+        Path(os.environ["REAL_DATA"]) / "fgvc-aircraft-2013b")
+    assert (len(classes), len(train), len(test)) == (100, 6667, 3333)
+    assert {label for _, label in train} == {label for _, label in test} == set(range(100))
