@@ -1,10 +1,10 @@
 """The paper, proved: models, Algorithm 1, equation 1, the baselines and the five programs.
 
-    pytest test_all.py                # offline, a minute on one CPU core
-    pytest test_all.py -m slow        # several processes and the compiler, minutes more
+    pytest test_all.py            # offline, less than a minute on one CPU core
+    pytest test_all.py -m slow    # text and baselines in two processes
 
 Everything is compared with another's numbers (golden/README.md says whose), with a second way of
-computing the same, or with what the mathematics demands; the programs are run as their pages say.
+computing the same, or with what the mathematics demands; the programs run as their pages say.
 """
 import ast
 import copy
@@ -12,14 +12,11 @@ import csv
 import importlib
 import json
 import math
-import os
 import random
 import re
-import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -36,7 +33,7 @@ import distill
 import finetune
 import mae
 import mlm
-from support import draws, images, program, recall, settings
+from support import draws, images, program, recall, settings, texts
 from support.data import Data
 from support.fetch import BadInput
 from support.run import Run
@@ -48,8 +45,8 @@ both = pytest.mark.parametrize("modality", ["image", "text"])
 
 
 @pytest.fixture(scope="module", autouse=True)
-def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One thread, which is the fastest for models as small as these, and a place for data."""
+def surroundings(tmp_path_factory):
+    """A place for data, and one thread: more are slower for models as small as these."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -89,29 +86,23 @@ def tiny(modality: str, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-def examples(modality: str) -> Tensor:
-    """20 unlabelled pictures uint8 [20, 3, 16, 16], or texts Long[20, 9] of 5 to 9 tokens."""
+def examples(kind: str) -> Tensor | Texts:
+    """20 pictures uint8 [20, 3, 16, 16], or texts of 5 to 9 tokens, padded or ("ragged") not."""
     numbers = torch.Generator().manual_seed(1)
-    if modality == "image":
+    if kind == "image":
         return torch.randint(0, 256, (20, 3, 16, 16), dtype=torch.uint8, generator=numbers)
-    ids = torch.randint(4, 59, (20, 9), generator=numbers)
+    ids, length = torch.randint(4, 59, (20, 9), generator=numbers), torch.arange(20) % 5 + 5
     ids[:, 0] = 0
-    for text, length in enumerate(torch.arange(20) % 5 + 5):
-        ids[text, length - 1], ids[text, length:] = 2, 1
-    return ids
+    for text, end in enumerate(length):
+        ids[text, end - 1], ids[text, end:] = 2, 1
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), length.cumsum(0)])  # [21]
+    return Texts(ids[ids != 1].int(), offsets, 1) if kind == "ragged" else ids
 
 
 def batch(modality: str, index: slice | Tensor = slice(None)) -> Tensor:
     """Examples as a model takes them: normalised pictures, or ids."""
     x = examples(modality)[index]
     return images.normalise(x) if modality == "image" else x
-
-
-def mask_of(B: int, K: int) -> Tensor:
-    """About half masked, rows of different counts, none empty or full."""
-    mask = torch.rand(B, K, generator=torch.Generator().manual_seed(B * K)) < 0.5
-    mask[:, 0], mask[:, 1] = True, False
-    return mask
 
 
 def config_of(**changes: object) -> settings.Config:
@@ -124,11 +115,15 @@ def log_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+def rows_of(folder: Path) -> list[dict]:
+    return json.loads((folder / "results.json").read_text())["rows"]
+
+
 # ============================================================================= mae.py, mlm.py
 
 
-def test_vit_equals_hugging_faces():
-    """Hidden states, predictions and both losses of ViTMAEForPreTraining; three mask counts."""
+def test_models_equal_hugging_faces():
+    """ViTMAEForPreTraining with three mask counts, RobertaForMaskedLM with padding."""
     model = mae.MAE.from_pretrained(GOLDEN / "vit_mae.safetensors")
     expected = load_file(GOLDEN / "vit_mae.expected.safetensors")
     pictures, mask = expected["images"], expected["mask"]
@@ -138,40 +133,13 @@ def test_vit_equals_hugging_faces():
         close(model.reconstruct(pictures, mask), expected["pred"], 1e-5)
         close(model.loss(pictures, mask), expected["loss_per_image_norm_pix"], 1e-5)
         close(model.loss(pictures, mask, norm_pix=False), expected["loss_per_image_raw_pix"], 1e-5)
-
-
-def test_roberta_equals_hugging_faces():
-    """Hidden states and logits of RobertaForMaskedLM, with and without an attention mask."""
     model = mlm.MLM.from_pretrained(GOLDEN / "roberta.safetensors")
     expected = load_file(GOLDEN / "roberta.expected.safetensors")
     ids, attention = expected["ids"], expected["attention"]
-    with torch.no_grad():  # as above
+    with torch.no_grad():  # the same
         close(model.encoder(ids), expected["hidden"], 1e-5, 1e-5)
         close(model.logits(ids), expected["logits"], 1e-5, 1e-5)
         assert torch.equal(model.encoder(ids, attention), model.encoder(ids))
-
-
-@pytest.mark.skipif(not {"VIT_MAE_BASE", "ROBERTA_BASE"} <= set(os.environ),
-                    reason="these variables name no folders with the published weights")
-def test_published_weights_give_their_published_numbers():
-    """Those in Hugging Face's own tests of facebook/vit-mae-base and FacebookAI/roberta-base."""
-    folder, text = Path(os.environ["VIT_MAE_BASE"]), mlm.MLM.from_pretrained(
-        os.environ["ROBERTA_BASE"])
-    picture = Image.open(folder / "000000039769.png").convert("RGB").resize((224, 224), 2)
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
-    noise = np.random.RandomState(2).uniform(size=(1, 196))
-    mask = torch.from_numpy(noise.argsort(1).argsort(1) >= 49)
-    patches = mae.MAE.from_pretrained(folder).reconstruct(images.normalise(pixels), mask)
-    ids = torch.tensor([[0, 31414, 232, 328, 740, 1140, 12695, 69, 46078, 1588, 2]])
-    for found, printed in (
-            (patches, [[-0.0548, -1.7023, -0.9325], [0.3721, -0.5670, -0.2233],
-                       [0.8235, -1.3878, -0.3524]]),
-            (text.encoder(ids), [[-0.0231, 0.0782, 0.0074], [-0.1854, 0.0540, -0.0175],
-                                 [0.0548, 0.0799, 0.1687]]),
-            (text.logits(ids), [[33.8802, -4.3103, 22.7761], [4.6539, -2.8098, 13.6253],
-                                [1.8228, -3.6898, 8.8600]])):
-        # what four printed places allow
-        close(found[0, :3, :3].detach(), torch.tensor(printed), 1e-4, 1e-5)
 
 
 def torchs(blocks: nn.ModuleList, heads: int, norm_first: bool) -> nn.TransformerEncoder:
@@ -192,7 +160,8 @@ def torchs(blocks: nn.ModuleList, heads: int, norm_first: bool) -> nn.Transforme
 
 def test_vit_is_torchs_layers_which_may_not_attend_to_masked_patches():
     """Encoder and decoder with their positions, on pictures that are not square."""
-    model, pictures, mask = tiny("image"), normal(4, 3, 16, 24), mask_of(4, 6)
+    model, pictures = tiny("image"), normal(4, 3, 16, 24)
+    mask = model.draw_mask(pictures, 0.5, draws.generator("a mask"))  # [B, K]
     encoder, decoder, hidden = model.encoder, model.decoder, F.pad(mask, (1, 0))  # [B, 1+K]
     patches = encoder.patch(mae.patchify(pictures, 8))  # [B, K, D]
     x = torch.cat([encoder.cls_token.expand(4, -1, -1), patches], 1)  # [B, 1+K, D]
@@ -224,15 +193,14 @@ def test_results_do_not_depend_on_batch_mates(modality):
     with torch.no_grad():  # float32: padding changes the order of sums
         hidden, loss = model.encoder(x), model.loss(x, mask)
         for i in range(5):
-            real = slice(None) if modality == "image" else x[i] != 1
-            kept = mask[i:i + 1] if modality == "image" else mask[i:i + 1, real]
-            alone = x[i:i + 1] if modality == "image" else x[i:i + 1, real]
-            close(model.encoder(alone)[0], hidden[i, real], 1e-5)
-            close(model.loss(alone, kept)[0], loss[i], 2e-6, 1e-6)
+            real = ... if modality == "image" else x[i] != 1
+            close(model.encoder(x[i:i + 1, real])[0], hidden[i, real], 1e-5)
+            close(model.loss(x[i:i + 1, real], mask[i:i + 1, real])[0], loss[i], 2e-6, 1e-6)
 
 
 def test_vit_never_sees_masked_patches():
-    model, pictures, mask = tiny("image"), normal(4, 3, 16, 24).requires_grad_(), mask_of(4, 6)
+    model, pictures = tiny("image"), normal(4, 3, 16, 24).requires_grad_()
+    mask = model.draw_mask(pictures, 0.5, draws.generator("a mask"))
     model.reconstruct(pictures, mask).square().sum().backward()
     gradient = mae.patchify(pictures.grad, 8)  # [B, K, P]
     assert (gradient[mask] == 0).all() and (gradient[~mask] != 0).any(1).all()
@@ -240,18 +208,15 @@ def test_vit_never_sees_masked_patches():
 
 @pytest.mark.parametrize("norm_pix", [True, False])
 def test_image_loss_is_the_mean_over_masked_patches(norm_pix):
-    model, pictures, mask = tiny("image"), normal(3, 3, 16, 24), mask_of(3, 6)
-    with torch.no_grad():
-        predicted, loss = model.reconstruct(pictures, mask), model.loss(pictures, mask, norm_pix)
-        for b in range(3):
-            errors = []
-            for k in mask[b].nonzero().flatten().tolist():
-                row, column = 8 * (k // 3), 8 * (k % 3)
-                target = pictures[b, :, row:row + 8, column:column + 8].permute(1, 2, 0).flatten()
-                if norm_pix:
-                    target = (target - target.mean()) / (target.var() + 1e-6) ** 0.5
-                errors.append((predicted[b, k] - target).square().mean())
-            close(loss[b], torch.stack(errors).mean(), 1e-6)  # float32, values near 1
+    model, pictures = tiny("image"), normal(9, 3, 16, 24)
+    mask = model.draw_mask(pictures, 0.3, draws.generator("a mask"))
+    target = mae.patchify(pictures, 8)  # [B, K, P]
+    if norm_pix:
+        mean, variance = target.mean(2, keepdim=True), target.var(2, keepdim=True)  # [B, K, 1]
+        target = (target - mean) / (variance + 1e-6) ** 0.5
+    error = (model.reconstruct(pictures, mask) - target).square().mean(2)  # [B, K]
+    expected = torch.stack([e[z].sum() / max(1, z.sum()) for e, z in zip(error, mask)])
+    close(model.loss(pictures, mask, norm_pix), expected, 1e-6)  # float32, values near 1
 
 
 def test_text_loss_is_the_mean_over_masked_words():
@@ -259,8 +224,7 @@ def test_text_loss_is_the_mean_over_masked_words():
     mask = model.draw_mask(ids, 0.4, draws.generator("a mask"))
     x_hat = ids.masked_fill(mask, 59)
     nll = F.cross_entropy(model.logits(x_hat).transpose(1, 2), ids, reduction="none")  # [B, K]
-    expected = torch.stack([nll[b][mask[b]].mean() if mask[b].any() else nll.new_zeros(())
-                            for b in range(len(ids))])
+    expected = torch.stack([(n * z).sum() / max(1, z.sum()) for n, z in zip(nll, mask)])
     close(model.loss(ids, mask), expected, 2e-6, 1e-6)  # float32 in another order of summation
     # with x̂ given, of ids only the masked words count
     other = torch.where(mask, ids, 4 + (ids + 7) % 45)
@@ -280,30 +244,21 @@ def test_losses_where_nothing_or_everything_is_masked(modality):
         assert model.loss(x[rows], mask[rows]).isfinite()
 
 
-def test_patches_hold_rows_columns_channels_and_come_back():
-    pictures = normal(2, 3, 16, 24)
+def test_patches_and_positions_are_maes():
+    """Values by row, column, channel; the sine table; both for other sizes of pictures."""
+    pictures, table = normal(2, 3, 16, 24), mae.sincos_positions(16, 3)
     patches = mae.patchify(pictures, 8)
     assert torch.equal(patches[1, 4].reshape(8, 8, 3)[2, 5], pictures[1, :, 8 + 2, 8 + 5])
     assert torch.equal(mae.unpatchify(patches, 16, 24, 8), pictures)
-    with pytest.raises(ValueError, match="do not divide"):
-        mae.patchify(normal(1, 3, 20, 16), 8)
-
-
-def test_positions_are_maes_and_fit_other_sizes():
-    table = mae.sincos_positions(16, 3)
-    assert table.shape == (1, 10, 16) and (table[0, 0] == 0).all()
     for k in range(9):
         for i in range(4):
             column, row = (place * 10000 ** (-i / 4) for place in (k % 3, k // 3))
             expected = [math.sin(column), math.cos(column), math.sin(row), math.cos(row)]
             close(table[0, 1 + k, i::4], torch.tensor(expected), 1e-6)  # float32 of a float64 table
-    assert torch.equal(mae.resize_positions(table, 3, 3), table)
-    larger = mae.resize_positions(table, 6, 5)
-    assert larger.shape == (1, 31, 16) and torch.equal(larger[:, 0], table[:, 0])
-    plane = larger[0, 1:].unflatten(0, (6, 5))
+    assert (table[0, 0] == 0).all() and torch.equal(mae.resize_positions(table, 3, 3), table)
+    plane = mae.resize_positions(table, 6, 5)[0, 1:].unflatten(0, (6, 5))
     # the half that tells the column still does so alone, but for float32 weights of interpolation
     close(plane[:, :, :8], plane[:1, :, :8].expand(6, -1, -1), 1e-5)
-    assert tiny("image").loss(normal(1, 3, 32, 24), mask_of(1, 12)).isfinite()
 
 
 def assert_share(found: float, expected: float, n: int) -> None:
@@ -345,36 +300,13 @@ def test_masked_words_are_replaced_by_80_10_10():
     assert_share(masked.eq(59).double().mean().item(), 0.8, n)
     assert_share(len(changed) / n, 0.1 * 54 / 55, n)  # a random word may be the word itself
     assert set(changed.tolist()) == set(range(4, 59))
-    with pytest.raises(AssertionError, match="90-10"):
-        mlm.corrupt(ids, mask, "90-10", numbers, config)
-
-
-def test_noise_perturbs_but_does_not_train_the_words():
-    model, ids, noise = tiny("text"), examples("text"), 0.1 * normal(20, 9, 32)
-    clean, noised = model.encoder(ids), model.encoder(ids, noise=noise)
-    assert (clean - noised).abs().max() > 1e-3
-    assert torch.equal(model.encoder(ids, noise=0 * noise), clean)
-    noised.square().sum().backward()
-    assert model.encoder.word.weight.grad is None
-    assert model.encoder.position.weight.grad.abs().sum() > 0
-
-
-@both
-def test_dropout_has_one_knob_and_lies_inside_the_encoder(modality):
-    model, x = tiny(modality).train(), batch(modality)
-    for p in (0.5, 0.0):
-        model.encoder.dropout.p = p
-        assert torch.equal(model.encoder(x), model.encoder(x)) == (p == 0)
-    of_encoder = {id(m) for m in model.encoder.modules() if isinstance(m, nn.Dropout)}
-    assert of_encoder == {id(model.encoder.dropout)}
 
 
 @both
 def test_bf16_is_near_float32(modality):
     """Both losses of line 13 under autocast; bf16 keeps 8 bits of a number, 1 in 256."""
     model, teacher, x = tiny(modality), tiny(modality, seed=1), batch(modality)
-    mask = model.draw_mask(x, 0.5, draws.generator("a mask"))
-    values = {}
+    mask, values = model.draw_mask(x, 0.5, draws.generator("a mask")), {}
     for precision in ("fp32", "bf16"):
         with torch.no_grad(), settings.autocast(config_of(precision=precision)):
             l2 = distill.distillation_loss(model.encoder(x), teacher.encoder(x))
@@ -383,74 +315,60 @@ def test_bf16_is_near_float32(modality):
     assert not torch.equal(values["bf16"], values["fp32"])
 
 
-# ----------------------------------------------------------------------------- weights
-
-
-def facebooks(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Hugging Face's tensors under facebookresearch/mae's names, independently of mae.py."""
-    found = {}
-    for name, tensor in tensors.items():
-        if ".key." in name or ".value." in name:
-            continue
-        if ".query." in name:
-            tensor = torch.cat([tensors[name.replace("query", part)]
-                                for part in ("query", "key", "value")])
-            name = name.replace("attention.attention.query", "attn.qkv")
-        for old, new in (("vit.encoder.layer", "blocks"), ("vit.layernorm", "norm"),
-                         ("decoder.decoder_encoder.layer", "decoder_blocks"),
-                         ("vit.embeddings.cls_token", "cls_token"),
-                         ("vit.embeddings.position_embeddings", "pos_embed"),
-                         ("vit.embeddings.patch_embeddings.projection", "patch_embed.proj"),
-                         ("layernorm_before", "norm1"), ("layernorm_after", "norm2"),
-                         ("attention.output.dense", "attn.proj"),
-                         ("intermediate.dense", "mlp.fc1"), ("output.dense", "mlp.fc2")):
-            name = name.replace(old, new)
-        found[name.removeprefix("decoder.")] = tensor
-    return found
-
-
 def test_image_weights_load_under_other_names(tmp_path, capsys):
     """facebookresearch's, also of the encoder alone, and those of older transformers."""
     golden = mae.MAE.from_pretrained(GOLDEN / "vit_mae.safetensors")
-    tensors, path = load_file(GOLDEN / "vit_mae.safetensors"), tmp_path / "model.safetensors"
-    sizes = asdict(golden.config)
-    save_file({name.replace("decoder_encoder.layer", "decoder_layers"): tensor
-               for name, tensor in tensors.items()}, path)
+    theirs, sizes, path = {}, asdict(golden.config), tmp_path / "model.safetensors"
+    for name, tensor in golden.state_dict().items():
+        for ours, other in (
+                ("encoder.blocks", "blocks"), ("decoder.blocks", "decoder_blocks"),
+                ("attention.qkv", "attn.qkv"), ("attention.out", "attn.proj"), (".fc", ".mlp.fc"),
+                ("encoder.positions", "pos_embed"), ("decoder.positions", "decoder_pos_embed"),
+                ("encoder.cls_token", "cls_token"), ("decoder.mask_token", "mask_token"),
+                ("encoder.norm", "norm"), ("decoder.norm", "decoder_norm"),
+                ("encoder.patch", "patch_embed.proj"), ("decoder.embed", "decoder_embed"),
+                ("decoder.predict", "decoder_pred")):
+            name = name.replace(ours, other)
+        theirs[name] = tensor
+    kernel = theirs["patch_embed.proj.weight"].unflatten(1, (8, 8, 3))  # rows, columns, channels
+    theirs["patch_embed.proj.weight"] = kernel.permute(0, 3, 1, 2).contiguous()  # [D, 3, p, p]
+    older = {name.replace("decoder_encoder.layer", "decoder_layers"): tensor
+             for name, tensor in load_file(GOLDEN / "vit_mae.safetensors").items()}
+    save_file(older, path)
     assert equal(mae.MAE.from_pretrained(path, **sizes), golden)
     del sizes["eps"]
-    save_file(facebooks(tensors), path)
+    save_file(theirs, path)
     model = mae.MAE.from_pretrained(path, **sizes)
     assert model.config == replace(golden.config, eps=1e-6) and equal(model, golden)
-    save_file({name: tensor for name, tensor in facebooks(tensors).items()
+    save_file({name: tensor for name, tensor in theirs.items()
                if not name.startswith(("decoder", "mask"))}, path)
     assert equal(mae.MAE.from_pretrained(path, **sizes).encoder, golden.encoder)
     assert "FRESH" in capsys.readouterr().out
 
 
-def test_text_weights_may_carry_copies_and_other_tasks(tmp_path):
+def test_image_weights_that_do_not_fit_are_named(tmp_path):
+    tensors = load_file(GOLDEN / "vit_mae.safetensors")
+    del tensors["vit.layernorm.bias"]
+    tensors |= {"decoder.mask_token": torch.zeros(1, 1, 7), "more": torch.zeros(2, 5)}
+    save_file(tensors, tmp_path / "vit_mae.safetensors")
+    shutil.copy(GOLDEN / "vit_mae.config.json", tmp_path)
+    with pytest.raises(BadInput, match=r"missing vit.layernorm.bias.*mask_token is \[1, 1, 7\].*"
+                                       r"unexpected more \[2, 5\]"):
+        mae.MAE.from_pretrained(tmp_path)
+
+
+def test_text_weights_may_carry_copies_and_what_other_tasks_use_but_no_more(tmp_path):
     tensors = load_file(GOLDEN / "roberta.safetensors")
-    tensors |= {
-        "roberta.embeddings.position_ids": torch.arange(34)[None],
-        "roberta.pooler.dense.weight": torch.zeros(48, 48),
-        "lm_head.decoder.weight": tensors["roberta.embeddings.word_embeddings.weight"].clone(),
-        "lm_head.decoder.bias": tensors["lm_head.bias"].clone()}
-    shutil.copy(GOLDEN / "roberta.config.json", tmp_path / "config.json")
-    save_file(tensors, tmp_path / "model.safetensors")
+    copied = tensors["roberta.embeddings.word_embeddings.weight"].clone()
+    tensors |= {"lm_head.decoder.weight": copied, "roberta.pooler.dense.bias": torch.zeros(48),
+                "roberta.embeddings.position_ids": torch.arange(34)[None]}
+    shutil.copy(GOLDEN / "roberta.config.json", tmp_path)
+    save_file(tensors, tmp_path / "roberta.safetensors")
     golden = mlm.MLM.from_pretrained(GOLDEN / "roberta.safetensors")
     assert equal(mlm.MLM.from_pretrained(tmp_path), golden)
-
-
-@pytest.mark.parametrize("name, kind, change, said", [
-    ("vit_mae", mae.MAE, {"decoder.mask_token": torch.zeros(1, 1, 7), "more": torch.zeros(2, 5)},
-     r"missing vit.layernorm.bias.*mask_token is \[1, 1, 7\].*unexpected more \[2, 5\]"),
-    ("roberta", mlm.MLM, {"lm_head.decoder.bias": torch.ones(120)}, "lm_head.decoder.bias differs")])
-def test_weights_that_do_not_fit_are_named(name, kind, change, said, tmp_path):
-    tensors = load_file(GOLDEN / f"{name}.safetensors") | change
-    tensors.pop("vit.layernorm.bias", None)
-    save_file(tensors, tmp_path / "model.safetensors")
-    shutil.copy(GOLDEN / f"{name}.config.json", tmp_path / "config.json")
-    with pytest.raises(BadInput, match=said):
-        kind.from_pretrained(tmp_path)
+    save_file(tensors | {"lm_head.decoder.weight": copied + 1}, tmp_path / "roberta.safetensors")
+    with pytest.raises(BadInput, match="lm_head.decoder.weight differs"):
+        mlm.MLM.from_pretrained(tmp_path)
 
 
 @both
@@ -458,12 +376,9 @@ def test_models_are_saved_and_loaded_bit_for_bit(modality, tmp_path):
     (tmp_path / "config.json").write_text('{"hidden_size": 1}')  # the file's own metadata wins
     for model in (tiny(modality), type(tiny(modality)).from_pretrained("tiny")):
         model.save(tmp_path / "model.safetensors", note="hello")
-        state = torch.get_rng_state()
         again = type(model).from_pretrained(tmp_path / "model.safetensors")
-        assert torch.equal(state, torch.get_rng_state())  # loading draws no random numbers
         assert again.config == model.config and equal(again, model) and not again.training
-    if modality == "text":
-        assert again.tokenizer.to_str() == model.tokenizer.to_str()
+    assert modality == "image" or again.tokenizer.to_str() == model.tokenizer.to_str()
 
 
 # ============================================================================= distill.py
@@ -475,21 +390,12 @@ def same_training(a: nn.Module, b: nn.Module, start: nn.Module) -> None:
     A key's bias adds one constant to a whole row of the softmax: its gradient is zero but for
     rounding, which Adam turns into whole steps, so it is left out.
     """
-    states = (model.state_dict() for model in (a, b, start))
-    for (name, x), y, z in zip(*(s.items() if i == 0 else s.values()
-                                 for i, s in enumerate(states)), strict=True):
+    for name, x in a.state_dict().items():
+        y, z = (model.state_dict()[name] for model in (b, start))
         if name.endswith("qkv.bias"):
             x, y, z = (torch.cat([t.chunk(3)[0], t.chunk(3)[2]]) for t in (x, y, z))
         # of 120 runs the worst had 8e-4; forgetting that LayerNorms do not decay makes 1e-2
         assert (x - y).norm() <= 2e-3 * (x - z).norm(), name
-
-
-def ragged() -> Texts:
-    """The examples' texts, end to end."""
-    ids = examples("text")
-    length = (ids != 1).sum(1)  # [20]
-    offsets = torch.cat([torch.zeros(1, dtype=torch.long), length.cumsum(0)])
-    return Texts(ids[ids != 1].int(), offsets, 1)
 
 
 def test_distillation_loss_is_line_11():
@@ -499,7 +405,7 @@ def test_distillation_loss_is_line_11():
     close(loss, expected, 1e-5)  # float32 sums of 20 squares
     loss.sum().backward()
     assert teacher.grad is None  # StopGrad
-    close(student.grad, 2 * (student - teacher).detach(), 1e-6)  # one rounding of values near 1
+    close(student.grad, 2 * (student - teacher).detach(), 1e-6)  # a rounding of values near 1
 
 
 @pytest.mark.parametrize("match, positions", [("cls", 1), ("hidden", None)])
@@ -511,15 +417,13 @@ def test_algorithm_1_equals_the_readmes(kind, match, positions):
     assert text.count("\n") <= 25
     names = {}
     exec(text, names)
-    initial, inputs = tiny("image" if kind == "image" else "text"), ragged()
-    if kind != "ragged":
-        inputs = batch(kind)
+    initial = tiny("image" if kind == "image" else "text")
+    inputs = batch("image") if kind == "image" else examples(kind)
     expected = names["algorithm_1"](initial, inputs, 2, steps=4, batch_size=6, lr=1e-3,
                                     mask_prob=0.5, positions=positions)
     config = config_of(rounds=2, match=match, betas=(0.9, 0.95), warmup=0.0, clip=0.0)
-    if kind == "image":
-        inputs = examples(kind)  # as bytes
-    for ours, theirs in zip(distill.self_distill(initial, inputs, config), expected, strict=True):
+    found = distill.self_distill(initial, examples(kind), config)
+    for ours, theirs in zip(found, expected, strict=True):
         same_training(ours, theirs, initial)
 
 
@@ -528,19 +432,15 @@ def test_every_round_starts_at_the_initial_weights(modality):
     """Round t is what a fresh copy learns from the model of round t - 1; T' only cuts the list."""
     initial, inputs, config = tiny(modality), examples(modality), config_of(rounds=2)
     models = distill.self_distill(initial, inputs, config)
-    assert equal(initial, tiny(modality))
-    further = distill.further_pretrain(initial, inputs, config)
+    assert len(models) == 3 and equal(initial, tiny(modality))
     none = distill.self_distill(initial, inputs, replace(config, rounds=0))
+    further = distill.further_pretrain(initial, inputs, config)
     assert len(none) == 1 and equal(none[0], further) and equal(models[0], further)
     for t in (1, 2):
-        teacher = copy.deepcopy(models[t - 1]).requires_grad_(False)
-        student = copy.deepcopy(initial)
-        distill.pretrain(student, teacher, inputs, config, t, Run())
+        student, teacher = copy.deepcopy(initial), copy.deepcopy(models[t - 1])
+        distill.pretrain(student, teacher.requires_grad_(False), inputs, config, t, Run())
         assert equal(student, models[t]) and equal(teacher, models[t - 1])
         assert not equal(models[t], models[t - 1])
-    one = distill.self_distill(initial, inputs, replace(config, rounds=1))
-    assert len(one) == 2 and equal(one[1], models[1])
-    assert not equal(distill.further_pretrain(initial, inputs, replace(config, seed=1)), further)
 
 
 @both
@@ -550,11 +450,11 @@ def test_the_decoder_learns_nothing_from_line_11(modality):
     for match in ("hidden", "cls", "l2", "mars", "prediction"):
         config = config_of(match=match, mae_weight=0.0, weight_decay=0.0)
         student = distill.self_distill(initial, inputs, config)[1]
-        stays = [torch.equal(p, q) for (name, p), q in
-                 zip(student.named_parameters(), initial.parameters(), strict=True)
-                 if not name.startswith("encoder.") and p.requires_grad]
-        assert stays and all(stays) == (match != "prediction") and not (
-            equal(student.encoder, initial.encoder))
+        pairs = zip(student.named_parameters(), initial.parameters(), strict=True)
+        stays = [torch.equal(p, q) for (name, p), q in pairs
+                 if p.requires_grad and not name.startswith("encoder.")]
+        assert stays and all(stays) == (match != "prediction")
+        assert not equal(student.encoder, initial.encoder)
 
 
 def by_hand(student: nn.Module, teacher: nn.Module, x: Tensor, numbers: torch.Generator,
@@ -572,29 +472,27 @@ def by_hand(student: nn.Module, teacher: nn.Module, x: Tensor, numbers: torch.Ge
         p, q = (model.logits(x_hat).softmax(2) for model in (teacher, student))
         l2 = ((p * (p / q).log()).sum(2) * (x != 1)).sum(1)  # [B]
     if config.match in ("hidden", "cls"):
-        difference = student.encoder(x) - teacher.encoder(x)  # [B, K, D]
-        if config.match == "cls":
-            difference = difference[:, :1]
-        l2 = difference.square().sum((1, 2))  # [B]
+        positions = slice(1) if config.match == "cls" else slice(None)
+        l2 = (student.encoder(x) - teacher.encoder(x))[:, positions].square().sum((1, 2))  # [B]
     pairs = zip(student.encoder.named_parameters(), teacher.encoder.parameters(), strict=True)
     moves = {name: a - b for (name, a), b in pairs if a.requires_grad}
     if config.match == "l2":
         l2 = sum(move.square().sum() for move in moves.values())
     if config.match == "mars":
-        l2 = sum(max(row.abs().sum() for row in moves[f"{name}.weight"])
+        l2 = sum(moves[f"{name}.weight"].abs().sum(1).max()
                  for name, layer in student.encoder.named_modules() if isinstance(layer, nn.Linear))
     return l1.mean(), l2.mean()
 
 
 @pytest.mark.parametrize("changes", [
     {"match": "hidden"}, {"match": "cls", "mae_weight": 0.5}, {"match": "prediction"},
-    {"match": "l2", "mae_weight": 0.5}, {"match": "mars"}, {"masking": "another"},
+    {"match": "l2", "mae_weight": 0.5}, {"match": "mars"}, {"masking": "the other"},
     {"pixels": "raw"}], ids=str)
 @both
 def test_a_step_is_its_formula(modality, changes, tmp_path):
     """L1, L2 and the length of ∂(λ L1 + L2), as the first step of a round logs them."""
     if "masking" in changes:
-        changes = {"masking": {"image": "fixed", "text": "80-10-10"}[modality]}
+        changes = {"masking": "fixed" if modality == "image" else "80-10-10"}
     initial, config = tiny(modality), config_of(**changes)
     teacher = distill.self_distill(initial, examples(modality), config,
                                    run=Run(tmp_path, config))[0].requires_grad_(False)
@@ -610,20 +508,19 @@ def test_a_step_is_its_formula(modality, changes, tmp_path):
 
 
 @pytest.mark.parametrize("match", ["hidden", "cls", "prediction", "l2", "mars"])
-@both
-def test_accumulated_parts_are_the_whole_batch(modality, match):
+@pytest.mark.parametrize("kind", ["image", "ragged"])
+def test_accumulated_parts_are_the_whole_batch(kind, match):
     """Every example's own normaliser and the matching of weights included; 6 examples, 4 parts."""
-    initial, inputs = tiny(modality), ragged() if modality == "text" else examples(modality)
-    whole, parts = (distill.self_distill(initial, inputs, config_of(match=match, accumulate=n))[1]
-                    for n in (1, 4))
+    initial = tiny("image" if kind == "image" else "text")
+    whole, parts = (distill.self_distill(initial, examples(kind), config_of(
+        match=match, accumulate=n))[1] for n in (1, 4))
     same_training(whole, parts, initial)
 
 
 @pytest.mark.parametrize("match", ["hidden", "cls"])
 @pytest.mark.parametrize("kind", ["image", "text", "ragged"])
 def test_a_remembered_teacher_answers_as_a_live_one(kind, match, tmp_path, monkeypatch):
-    modality = "image" if kind == "image" else "text"
-    initial, inputs = tiny(modality), ragged() if kind == "ragged" else examples(modality)
+    initial, inputs = tiny("image" if kind == "image" else "text"), examples(kind)
     config = config_of(match=match)
     in_memory = distill.self_distill(initial, inputs, config)[1]
     in_a_file = distill.self_distill(initial, inputs, config, run=Run(tmp_path, config))[1]
@@ -637,16 +534,15 @@ def test_what_the_caller_has_stays_as_it_was(modality):
     """The given model and the random state of torch, numpy and Python, after both functions."""
     model, data, config = labelled(modality)
     model.encoder.dropout.p = 0.1
-    before = copy.deepcopy(model)
-    state = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
-    distill.self_distill(model, data.train, replace(config, steps=2, dropout=0.1))
-    finetune.fine_tune(model, data, replace(config, dropout=0.1), Run(), "fine-tuning")
-    assert torch.equal(torch.get_rng_state(), state[0])
-    assert (np.random.get_state()[1].tolist(), random.getstate()) == state[1:]
+    before, config = copy.deepcopy(model), replace(config, steps=2, dropout=0.1)
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    distill.self_distill(model, data.train, config)
+    finetune.fine_tune(model, data, config, Run(), "fine-tuning")
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (np.random.get_state()[1].tolist(), random.getstate()) == states[1:]
     assert equal(model, before) and model.encoder.dropout.p == 0.1 and not model.training
-    assert [p.requires_grad for p in model.parameters()] == [
-        p.requires_grad for p in before.parameters()]
-    assert all(p.grad is None for p in model.parameters())
+    for p, q in zip(model.parameters(), before.parameters(), strict=True):
+        assert p.requires_grad == q.requires_grad and p.grad is None
 
 
 @both
@@ -675,9 +571,8 @@ def test_two_processes_are_one(line, tmp_path, monkeypatch):
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("fine-tuning ") == 1  # only one of them prints
-    one, two = Path("one"), Path("two")
-    assert sorted(file.name for file in one.iterdir()) == sorted(file.name for file in two.iterdir())
-    for mine, theirs in zip(log_of(one) + rows_of(one), log_of(two) + rows_of(two), strict=True):
+    one, two = (log_of(folder) + rows_of(folder) for folder in (Path("one"), Path("two")))
+    for mine, theirs in zip(one, two, strict=True):
         assert mine.keys() == theirs.keys()
         for key, value in mine.items():
             if type(value) is not float:
@@ -694,21 +589,18 @@ def test_two_processes_are_one(line, tmp_path, monkeypatch):
 def test_scores_equal_their_definitions():
     """Accuracy, macro and micro F1, by precision and recall of each class, on random answers."""
     numbers = torch.Generator().manual_seed(0)
-    for n in (1, 2, 5, 40):
-        for _ in range(10):
-            pred, target = torch.randint(0, 5, (2, n), generator=numbers)
-            pairs, scores = list(zip(pred.tolist(), target.tolist(), strict=True)), []
-            for c in range(5):
-                hit = sum(p == t == c for p, t in pairs)
-                precision = hit / max(1, sum(p == c for p, _ in pairs))
-                share_found = hit / max(1, sum(t == c for _, t in pairs))
-                scores.append(2 * precision * share_found / (precision + share_found) if hit else 0)
-            share = sum(p == t for p, t in pairs) / n
-            assert finetune.f1(pred, target, 5) == pytest.approx(sum(scores) / 5)
-            assert finetune.f1(pred, target, 5, "micro") == pytest.approx(share)
-            assert finetune.accuracy(pred, target) == pytest.approx(share)
-    with pytest.raises(ValueError, match="macro or micro"):
-        finetune.f1(pred, target, 5, "weighted")
+    for n in (1, 2, 5, 40) * 10:
+        pred, target = torch.randint(0, 5, (2, n), generator=numbers)
+        pairs, scores = list(zip(pred.tolist(), target.tolist(), strict=True)), []
+        for c in range(5):
+            hit = sum(p == t == c for p, t in pairs)
+            precision = hit / max(1, sum(p == c for p, _ in pairs))
+            found = hit / max(1, sum(t == c for _, t in pairs))
+            scores.append(2 * precision * found / (precision + found) if hit else 0)
+        share = sum(p == t for p, t in pairs) / n
+        assert finetune.f1(pred, target, 5) == pytest.approx(sum(scores) / 5)
+        assert finetune.f1(pred, target, 5, "micro") == pytest.approx(share)
+        assert finetune.accuracy(pred, target) == pytest.approx(share)
 
 
 def test_image_head_is_linear_on_the_class_token():
@@ -722,11 +614,14 @@ def test_image_head_is_linear_on_the_class_token():
 
 
 def test_text_head_is_dense_tanh_linear_on_the_first_token():
-    encoder, ids = tiny("text").encoder, examples("text")
+    encoder, ids, noise = tiny("text").encoder, examples("text"), 0.1 * normal(20, 9, 32)
     classifier = finetune.Classifier(encoder, 3)
     hidden = torch.tanh(encoder(ids)[:, 0] @ classifier.dense.weight.T)
     close(classifier(ids), hidden @ classifier.linear.weight.T, 1e-6)  # biases start at zero
-    assert not torch.equal(classifier(ids), classifier(ids, 0.1 * normal(20, 9, 32)))
+    assert torch.equal(classifier(ids, 0 * noise), classifier(ids))
+    assert not torch.equal(classifier(ids, noise), classifier(ids))
+    classifier(ids, noise).sum().backward()  # R3F trains all but what it perturbs
+    assert encoder.word.weight.grad is None and encoder.position.weight.grad.any()
 
 
 def labelled(modality: str) -> tuple[nn.Module, Data, settings.Config]:
@@ -748,8 +643,8 @@ def test_plain_fine_tuning_equals_a_hand_written_loop(modality):
     free = {name for name, p in mine.named_parameters() if name.endswith("bias") or (
         "cls_token" in name or "positions" in name if modality == "image" else p.ndim == 1)}
     optimiser = torch.optim.AdamW([
-        {"params": [p for name, p in mine.named_parameters() if (name in free) == undecayed],
-         "weight_decay": 0.0 if undecayed else 0.01} for undecayed in (True, False)])
+        {"params": [p], "weight_decay": 0.0 if name in free else 0.01}
+        for name, p in mine.named_parameters()])
     for step in range(6):
         for group in optimiser.param_groups:  # linear warm-up over 3 steps, then linear to 0 at 6
             group["lr"] = 1e-3 * (step / 3 if step < 3 else (6 - step) / 3)
@@ -783,9 +678,8 @@ def test_a_row_measures_the_classifier_that_is_saved(modality, tmp_path):
     squares = [(after.double() - before.double()).square().sum() for after, before in
                zip(saved.encoder.state_dict().values(), model.encoder.state_dict().values())]
     assert row["distance"] == pytest.approx(math.sqrt(sum(squares)), rel=1e-9)
-    assert [line["step"] for line in log_of(tmp_path)] == list(range(6))
-    with pytest.raises(BadInput, match="no classifier"):
-        finetune.Classifier.from_pretrained(GOLDEN / "roberta.safetensors")
+    config = replace(config, dropout=0.5)  # acts inside the encoder
+    assert finetune.fine_tune(model, data, config, Run(), "dropped") != row | {"method": "dropped"}
 
 
 # ============================================================================= baselines.py
@@ -805,15 +699,12 @@ def golden(name: str) -> tuple[dict[str, Tensor], dict]:
     return load_file(GOLDEN / f"{name}.safetensors"), described
 
 
-def entries(name: str, prefix: str = "") -> list[str]:
-    return [entry for entry in golden(name)[1] if entry.startswith(prefix)]
+def entries(name: str, *prefixes: str) -> list[str]:
+    return [entry for entry in golden(name)[1] if entry.startswith(prefixes)]
 
 
 def exactly(tensor: Tensor) -> dict:
     return FLOAT32 if tensor.dtype == torch.float32 else FLOAT64
-
-
-# ----------------------------------------------------------------------------- RecAdam
 
 
 def recadam_of(entry: dict, parameters: list[nn.Parameter], tensors: dict) -> baselines.RecAdam:
@@ -822,13 +713,12 @@ def recadam_of(entry: dict, parameters: list[nn.Parameter], tensors: dict) -> ba
     for group, parameter in zip(entry["groups"], parameters, strict=True):
         anchor = {"pretrained": [tensors[group["target"]]]} if "target" in group else {}
         groups.append({"params": [parameter], "weight_decay": group["weight_decay"]} | anchor)
-    names = ("lr", "betas", "eps", "correct_bias", "anneal_fun", "anneal_k", "anneal_t0",
-             "anneal_w", "pretrain_cof")
-    return baselines.RecAdam(groups, **{name: entry[name] for name in names})
+    named = baselines.RecAdam([torch.zeros(1)]).defaults.keys() & entry.keys()
+    return baselines.RecAdam(groups, **{name: entry[name] for name in named})
 
 
 @pytest.mark.filterwarnings("ignore:RecAdam's pull")  # one entry is unstable on purpose
-@pytest.mark.parametrize("name", entries("recadam", "open/") + entries("recadam", "closed/"))
+@pytest.mark.parametrize("name", entries("recadam", "open/", "closed/"))
 def test_recadam_is_the_release(name):
     """Trajectories under given gradients (open), and those of a small classifier (closed)."""
     tensors, described = golden("recadam")
@@ -853,40 +743,32 @@ def test_recadam_is_the_release(name):
 
 
 @pytest.mark.parametrize("name", entries("recadam", "anneal/"))
-def test_annealing_curve(name):
+def test_annealing_curve_is_the_releases(name):
     tensors, described = golden("recadam")
-    entry = described[name]
-    ours = [baselines.anneal(step, entry["anneal_fun"], entry["k"], entry["t0"], entry["w"])
-            for step in range(1, 1501)]
+    fun, k, t0, w = (described[name][key] for key in ("anneal_fun", "k", "t0", "w"))
+    ours = [baselines.anneal(step, fun, k, t0, w) for step in range(1, 1501)]
     # atol 0: far below t0 the sigmoid is tiny and must still be right in its leading digits
     close(torch.tensor(ours, dtype=torch.float64), tensors[name], atol=0, rtol=1e-12)
-    assert baselines.anneal(1, "sigmoid", 1.0, 1e6, 1.0) == 0.0  # e^(10^6) would overflow
 
 
 @pytest.mark.parametrize("anchored", [False, True])
 def test_recadam_without_pull_is_adam(anchored):
-    """A head, or λ = 1 throughout: Adam written out by hand, and torch's where ε plays no part."""
+    """A head, or λ = 1 throughout, and an ε that plays no part: RecAdam adds it elsewhere."""
     start, gradients = normal(3).double(), normal(30, 3, seed=1).double()
-    group = {"pretrained": [start + 1]} if anchored else {}
-    for eps in (1e-3, 1e-30):
-        theta, other = (nn.Parameter(start.clone()) for _ in range(2))
-        ours = baselines.RecAdam([{"params": [theta], **group}], lr=0.01, eps=eps,
-                                 betas=(0.8, 0.99), anneal_fun="constant")
-        adam = torch.optim.Adam([other], lr=0.01, eps=eps, betas=(0.8, 0.99))
-        hand, m, v = start.clone(), torch.zeros(3).double(), torch.zeros(3).double()
-        for t, g in enumerate(gradients, start=1):
-            theta.grad, other.grad = g.clone(), g.clone()
-            ours.step()
-            adam.step()
-            m, v = 0.8 * m + 0.2 * g, 0.99 * v + 0.01 * g * g
-            size = 0.01 * math.sqrt(1 - 0.99**t) / (1 - 0.8**t)
-            hand -= size * m / (v.sqrt() + eps)
-        close(theta.data, hand, **FLOAT64)
-    close(theta.data, other.data, **FLOAT64)  # ε is 1e-30 here
+    theta, other = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    usual = {"lr": 0.01, "eps": 1e-30, "betas": (0.8, 0.99)}
+    ours = baselines.RecAdam([{"params": [theta]} | ({"pretrained": [start + 1]} if anchored
+                                                     else {})], anneal_fun="constant", **usual)
+    adam = torch.optim.Adam([other], **usual)
+    for gradient in gradients:
+        theta.grad, other.grad = gradient.clone(), gradient.clone()
+        ours.step()
+        adam.step()
+    close(theta.data, other.data, **FLOAT64)
 
 
-def test_recadam_keeps_its_own_copy_of_the_anchors():
-    """Of the parameters themselves, in no checkpoint; those that do not fit are refused."""
+def test_recadam_pulls_to_its_own_copy_of_the_anchors():
+    """Of the parameters themselves, if need be, and kept in no checkpoint."""
     theta = nn.Parameter(normal(4, 3))
     optimizer = baselines.RecAdam([{"params": [theta], "pretrained": [theta]}], lr=1e-4,
                                   anneal_t0=1e9)  # the pull alone
@@ -895,29 +777,19 @@ def test_recadam_keeps_its_own_copy_of_the_anchors():
     for _ in range(10):
         theta.grad = torch.zeros(4, 3)
         optimizer.step()
-    # each step keeps 1 - lr·γ = 0.5 of the distance
-    close(theta.data, start + 0.5**10, 1e-6)  # float32, values near 1
+    # each step keeps 1 - lr·γ = 0.5 of the way; float32, values near 1
+    close(theta.data, start + 0.5**10, 1e-6)
     assert all("pretrained" not in group for group in optimizer.state_dict()["param_groups"])
-    with pytest.raises(ValueError, match="1 parameters and 2 anchors"):
-        baselines.RecAdam([{"params": [theta], "pretrained": [theta, theta]}])
-    with pytest.raises(ValueError, match=r"\[3, 4\]"):
-        baselines.RecAdam([{"params": [theta], "pretrained": [theta.T]}])
-    with pytest.raises(ValueError, match="cosine"):
-        baselines.RecAdam([{"params": [theta], "pretrained": [theta]}], anneal_fun="cosine")
 
 
-# ----------------------------------------------------------------------------- MARS
-
-
-@pytest.mark.parametrize("name", [name for name in entries("mars") if name != "pgm_adam"])
+@pytest.mark.parametrize("name", [name for name in entries("mars", "") if name != "pgm_adam"])
 def test_mars_is_the_release(name):
     tensors, described = golden("mars")
     weight = tensors[f"{name}/w"].requires_grad_()
     anchor = tensors.get(f"{name}/w0", torch.zeros_like(weight))  # a head has none: it is zero
-    tolerance = exactly(weight)
-    rows = [baselines.mars_distance(w[None], a[None]) for w, a in zip(weight, anchor)]
+    tolerance, distance = exactly(weight), baselines.mars_distance(weight, anchor)
+    rows = [baselines.mars_distance(w[None], a[None]) for w, a in zip(weight, anchor, strict=True)]
     close(torch.stack(rows).detach(), tensors[f"{name}/row_l1"], **tolerance)
-    distance = baselines.mars_distance(weight, anchor)
     close(distance.detach(), tensors[f"{name}/mars_distance"][0], **tolerance)
     (0.01 * distance).backward()
     close(weight.grad, tensors[f"{name}/mars_penalty_0.01_grad"], **tolerance)
@@ -958,21 +830,14 @@ def test_mars_projection_properties(seed):
     assert torch.equal(once[inside], weight[inside])  # bit for bit
     # a row of 12 values near 1 adds up a rounding of 6e-8 for each of them
     assert baselines.mars_distance(once, anchor) <= 1 + 2e-6
-    close(baselines.mars_project(once, anchor, 1.0), once, 1e-6)  # the same
+    close(baselines.mars_project(once, anchor, 1.0), once, 1e-6)  # idempotent, but for the same
     moves = [(x - anchor)[~inside].flatten(1) for x in (once, weight)]
     close(F.cosine_similarity(*moves), torch.ones(int((~inside).sum())), 1e-5)  # straight back
     assert torch.equal(baselines.mars_project(weight, anchor, 0.0), anchor)
     assert torch.equal(baselines.mars_project(weight, anchor, math.inf), weight)
-    narrow = baselines.mars_project(weight.bfloat16(), anchor.bfloat16(), 1.0)
-    wide = baselines.mars_project(weight.bfloat16().float(), anchor.bfloat16().float(), 1.0)
-    assert torch.equal(narrow, wide.bfloat16())  # computed in float32
-    with pytest.raises(ValueError, match="one shape"):
-        baselines.mars_distance(weight, anchor[0])
-    with pytest.raises(ValueError, match="radius"):
-        baselines.mars_project(weight, anchor, -1.0)
-
-
-# ----------------------------------------------------------------------------- R3F
+    weight, anchor = weight.bfloat16(), anchor.bfloat16()
+    wide = baselines.mars_project(weight.float(), anchor.float(), 1.0)
+    assert torch.equal(baselines.mars_project(weight, anchor, 1.0), wide.bfloat16())
 
 
 @pytest.mark.parametrize("name", entries("r3f", "kl/"))
@@ -992,24 +857,24 @@ def test_symmetric_kl_is_the_release(name):
 @pytest.mark.parametrize("name", entries("r3f", "crit/"))
 def test_r3f_loss_is_the_release(name):
     tensors, described = golden("r3f")
-    start = f"{name}/param/"
-    params = {key.removeprefix(start): value.requires_grad_() for key, value in tensors.items()
-              if key.startswith(start)}
-    words = params["encoder.sentence_encoder.embed_tokens.weight"]
+    params = {key.split("/param/")[1]: value.requires_grad_() for key, value in tensors.items()
+              if key.startswith(f"{name}/param/")}
+    words, middle, head = (params[key] for key in (
+        "encoder.sentence_encoder.embed_tokens.weight", "mid.weight",
+        "classification_heads.h.weight"))
 
     def logits_of(embedded: Tensor) -> Tensor:
-        hidden = F.linear(embedded, params["mid.weight"], params["mid.bias"]).tanh()  # [B, K, D]
-        return F.linear(hidden.mean(1), params["classification_heads.h.weight"],
-                        params["classification_heads.h.bias"])  # [B, C]
+        hidden = F.linear(embedded, middle, params["mid.bias"]).tanh()  # [B, K, D]
+        return F.linear(hidden.mean(1), head, params["classification_heads.h.bias"])  # [B, C]
 
     embedded = F.embedding(tensors[f"{name}/tokens"], words, padding_idx=1)  # [B, K, D]
     clean, noised = logits_of(embedded), logits_of(embedded.detach() + tensors[f"{name}/noise"])
     loss = baselines.r3f_loss(clean, noised, tensors[f"{name}/target"],
                               described[name]["r3f_lambda"])  # [B]
+    divergence = baselines.symmetric_kl(clean, noised)  # [B]
     close(noised.detach(), tensors[f"{name}/noised_logits"], **R3F_RELEASE)
     close(loss.sum().detach(), tensors[f"{name}/loss_sum"][0], **R3F_RELEASE)
-    close(baselines.symmetric_kl(clean, noised).sum().detach(),
-          tensors[f"{name}/symm_kl_times_n"][0], **R3F_RELEASE)
+    close(divergence.sum().detach(), tensors[f"{name}/symm_kl_times_n"][0], **R3F_RELEASE)
     loss.mean().backward()
     for key, value in params.items():
         close(value.grad, tensors[f"{name}/grad/{key}"], **R3F_RELEASE)
@@ -1025,18 +890,13 @@ def test_symmetric_kl_properties(dtype):
     assert bool((baselines.symmetric_kl(p, p + 1e-6 * q) >= 0).all())  # rounding turns no sign
     # a constant changes no probability; what is left is the square of a rounding of 1e-6
     assert bool((baselines.symmetric_kl(p.float(), p.float() + 2) < 1e-11).all())
-    with pytest.raises(ValueError, match="one shape"):
-        baselines.symmetric_kl(p, q[:1])  # would broadcast
-
-
-# ----------------------------------------------------------------------------- in fine-tuning
 
 
 @both
 def test_each_method_does_what_it_is_for(modality, tmp_path):
     """RecAdam stays nearer, MARS's matrices stay in their balls, R3F's noise is in the logits."""
     model, data, config = labelled(modality)
-    config = replace(config, mars_radius=0.01, r3f_eps=0.1)
+    config = replace(config, mars_radius=0.005, r3f_eps=0.1)
     rows, last = {}, {}
     for name, method in baselines.METHODS.items():
         run = Run(tmp_path / name, config)
@@ -1050,14 +910,14 @@ def test_each_method_does_what_it_is_for(modality, tmp_path):
     assert len({row["train_loss"] for row in rows.values()}) == 4
     assert rows["RecAdam"]["distance"] < rows["fine-tuning"]["distance"]
     assert last["R3F"]["kl"] > 1e-7 and 0 < last["MARS"]["projected"] <= 1  # float32 has 1e-7
-    encoder = finetune.Classifier.from_pretrained(tmp_path / "MARS/finetuned-MARS.safetensors").encoder
-    moves = {name: (after - before).flatten(1).abs().sum(1).max() for (name, after), before in zip(
-        encoder.named_parameters(), model.encoder.parameters(), strict=True) if after.ndim > 1}
-    linear = {f"{name}.weight" for name, layer in encoder.named_modules()
+    saved = finetune.Classifier.from_pretrained(tmp_path / "MARS" / "finetuned-MARS.safetensors")
+    pairs = zip(saved.encoder.named_parameters(), model.encoder.parameters(), strict=True)
+    linear = {f"{name}.weight" for name, layer in model.encoder.named_modules()
               if isinstance(layer, nn.Linear)}
-    assert len(linear) == (9 if modality == "image" else 8)  # the patches'; four a layer
-    for name, move in moves.items():  # embeddings, positions and tokens are free
-        assert (move <= 0.01 * (1 + 1e-5)) == (name in linear), name  # float32
+    for (name, after), before in pairs:  # embeddings, positions, tokens and what is 1-D are free
+        move = (after - before).reshape(-1, after.shape[-1]).abs().sum(1).max()
+        # a row of 192 weights near 0.1 adds up as many roundings of 4e-9
+        assert (move <= 0.005 + 1e-6) == (name in linear), name
 
 
 # ============================================================================= the programs
@@ -1069,14 +929,19 @@ ROWS = {"finetune.py": ["fine-tuning"], "baselines.py": ["fine-tuning", "RecAdam
 
 def start(line: str) -> None:
     """Run a program in this process, as its command line would."""
-    name, *words = shlex.split(line)
+    name, *words = line.split()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [name, *words])
         importlib.import_module(name.removesuffix(".py")).main()
 
 
-def rows_of(folder: Path) -> list[dict]:
-    return json.loads((folder / "results.json").read_text())["rows"]
+def own_pictures(folder: Path) -> None:
+    """Two classes of twelve pictures."""
+    for i in range(24):
+        path = folder / ("an owl", "ein Spatz")[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 255, (50, 60, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
 
 
 def documented() -> list[str]:
@@ -1088,30 +953,18 @@ def documented() -> list[str]:
     return sorted({command.strip() for page in pages for command in re.findall(pattern, page)})
 
 
-def own_pictures(folder: Path) -> str:
-    """Two classes of twelve pictures."""
-    for name in ("an owl", "ein Spatz"):
-        (folder / name).mkdir(parents=True)
-        for i in range(12):
-            pixels = np.random.default_rng(i).integers(0, 255, (50, 60, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / name / f"{i}.png")
-    return str(folder)
-
-
 @pytest.mark.parametrize("command", documented())
 def test_documented_commands_run(command, tmp_path, monkeypatch, capsys):
-    """With --smoke; those whose data must be downloaded are read, but not run."""
+    """With --smoke; of those that need a download or an earlier result the flags alone."""
     monkeypatch.chdir(tmp_path)
+    own_pictures(tmp_path / "mine")
     for path in re.findall(r"runs/\S+", command):  # what an earlier command leaves
         mae.MAE.from_pretrained("tiny").save(path)
     name, *words = command.replace("path/to/my/pictures", "mine --init tiny").split()
-    if "mine" in words:
-        own_pictures(tmp_path / "mine")
     config = program.parse(name.removesuffix(".py"), "", words)
-    if config.dataset not in ("toybirds", "pydocs", "mine"):
-        assert config.init == settings.HUB[config.modality]
+    if config.dataset not in ("toybirds", "pydocs", "mine") or config.predict:
         return
-    start(shlex.join([name, *words, "--smoke"]))
+    start(" ".join([name, *words, "--smoke"]))
     said = capsys.readouterr().out
     if name == "mlm.py":
         assert said.count("guesses:") > 3 and "<mask>" in said
@@ -1121,73 +974,54 @@ def test_documented_commands_run(command, tmp_path, monkeypatch, capsys):
         assert np.asarray(Image.open(out / "reconstructions.png")).std() > 20  # not blank
     if name == "mae.py":
         return
-    methods = [row["method"] for row in rows_of(out)]
-    wanted = [row for row in ROWS[name] if config.method in ("all", row.lower())]
-    assert methods == wanted and all(method in said for method in methods)
+    methods = [row for row in ROWS[name] if config.method in ("all", row.lower())]
+    assert [row["method"] for row in rows_of(out)] == methods
+    assert all(method in said for method in methods)
     files = {"config.json", "results.json", "log.jsonl", "timing.jsonl", "curves.png"}
     files |= {f"finetuned-{method.replace(' ', '-')}.safetensors" for method in methods}
     if name == "distill.py":
-        files |= {"further.safetensors", *(f"distilled-{t}.safetensors"
-                                           for t in range(1, config.rounds + 1))}
+        files |= {"further.safetensors", f"distilled-{config.rounds}.safetensors"}
     there = {path.name for path in out.iterdir()}
     assert files <= there and "checkpoint.safetensors" not in there
-    values = [value for line in log_of(out) for value in line.values() if type(value) is float]
-    assert values and all(map(math.isfinite, values))
-
-
-def tensors_of(folder: Path) -> dict[str, dict[str, Tensor]]:
-    return {path.name: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
 
 
 def test_a_seed_decides_everything_and_a_teacher_may_be_given(tmp_path):
     for folder, words in (("a", "--seed 3"), ("b", "--seed 3"), ("c", "--seed 4"),
                           ("d", f"--seed 3 --teacher {tmp_path}/a/further.safetensors")):
         start(f"distill.py --smoke {words} --out {tmp_path / folder}")
-    made, log = {}, {}
-    for folder in "abcd":
-        made[folder] = tensors_of(tmp_path / folder)
-        log[folder] = (tmp_path / folder / "log.jsonl").read_bytes()
-    assert log["a"] == log["b"] != log["c"]
-    assert rows_of(tmp_path / "a") == rows_of(tmp_path / "b") != rows_of(tmp_path / "c")
-    assert len(made["a"]) == 5 and made["a"].keys() == made["b"].keys()
-    for other in "bd":
-        for file, tensors in made[other].items():
-            assert all(torch.equal(tensor, made["a"][file][name])
-                       for name, tensor in tensors.items()), (other, file)
-    # with the teacher given, only the student is trained and fine-tuned
-    assert rows_of(tmp_path / "d") == rows_of(tmp_path / "a")[2:]
-    assert set(made["d"]) >= {"distilled-1.safetensors", "finetuned-self-distillation.safetensors"}
-    assert {line["stage"] for line in log_of(tmp_path / "d")} == {
-        "self-distillation", "fine-tuning, self-distillation"}
+    a, b, c, d = (tmp_path / folder for folder in "abcd")
+    logs = [(folder / "log.jsonl").read_bytes() for folder in (a, b, c)]
+    assert logs[0] == logs[1] != logs[2] and rows_of(a) == rows_of(b) != rows_of(c)
+    # with the teacher given, only the student is trained and fine-tuned, and is the same
+    assert rows_of(d) == rows_of(a)[2:] and len({line["stage"] for line in log_of(d)}) == 2
+    student = {"distilled-1.safetensors", "finetuned-self-distillation.safetensors"}
+    for folder, least in ((b, student | {"further.safetensors"}), (d, student)):
+        made = {path.name: load_file(path) for path in folder.glob("*.safetensors")}
+        assert least <= made.keys()
+        for file, tensors in made.items():
+            first = load_file(a / file)
+            assert all(torch.equal(tensor, first[name]) for name, tensor in tensors.items()), file
 
 
 @both
 def test_predictions_are_a_table_of_probabilities(modality, tmp_path):
-    """`finetune.py --predict` reads files, and its classifier says the same of their content."""
+    """`finetune.py --predict` writes what `Classifier.predict` says of pictures and of lines."""
     dataset = {"image": "toybirds", "text": "pydocs"}[modality]
     start(f"finetune.py --smoke --dataset {dataset} --out {tmp_path}")
     path = tmp_path / "finetuned-fine-tuning.safetensors"
     classifier = finetune.Classifier.from_pretrained(path)
     if modality == "image":
-        (tmp_path / "new").mkdir()
-        pixels = torch.randint(0, 256, (3, 3, 40, 40), dtype=torch.uint8,
-                               generator=draws.generator("pictures"))
-        for i, picture in enumerate(pixels):
-            Image.fromarray(picture.permute(1, 2, 0).numpy()).save(tmp_path / "new" / f"{i}.png")
-        source, chances = "new", classifier.predict(pixels)
+        own_pictures(source := tmp_path / "new")
+        chances = classifier.predict(images.plain(source, 40)[1])  # [N, C]
     else:
-        lines = ["Return the sum of two numbers.", "Open a file."]
-        (tmp_path / "new.txt").write_text("\n".join(lines))
-        ids = [torch.tensor([0, *classifier.tokenizer.encode(line, add_special_tokens=False).ids, 2])
-               for line in lines]
-        padded = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=1)
-        source, chances = "new.txt", classifier.predict(padded)
-    start(f"finetune.py --init {path} --predict {tmp_path / source}")
+        (source := tmp_path / "new.txt").write_text("Return the sum.\nOpen a file.")
+        chances = classifier.predict(texts.plain(source, classifier.tokenizer, 128)[1])
+    start(f"finetune.py --init {path} --predict {source}")
     with open(tmp_path / "predictions-new.csv", newline="", encoding="utf-8") as file:
         heading, *rows = csv.reader(file)
-    assert heading[1:] == ["class", *classifier.classes] and len(rows) == len(chances)
+    assert heading[1:] == ["class", *classifier.classes] and len(rows) > 1
     for row, expected in zip(rows, chances, strict=True):
-        close(torch.tensor([float(x) for x in row[2:]]), expected, 1e-5)  # six places, float32
+        close(torch.tensor([float(x) for x in row[2:]]), expected, 1e-6)  # six places are written
         assert row[1] == classifier.classes[int(expected.argmax())]
 
 
@@ -1207,18 +1041,6 @@ def test_the_root_files_import_little_and_arrows_point_one_way():
     for place, name in enumerate(PROGRAMS):
         assert imported(ROOT / f"{name}.py") <= packages | {"support", *PROGRAMS[:place]}, name
     assert imported(ROOT / "test_all.py") <= packages | {"support", "pytest", *PROGRAMS}
-    for path in (ROOT / "support").glob("[!t]*.py"):
-        assert not imported(path) & {*PROGRAMS, "experiments"}, path
-
-
-def test_bundled_weights_are_small_and_pretrained():
-    for kind, name in ((mae.MAE, "tiny-mae"), (mlm.MLM, "tiny-mlm")):
-        assert (ROOT / "weights" / f"{name}.safetensors").stat().st_size < 8e6
-        assert 0.5e6 < sum(p.numel() for p in kind.from_pretrained("tiny").parameters()) < 2e6
-    model = mae.MAE.from_pretrained("tiny")
-    x = images.normalise(images.load("toybirds", os.environ["DATA_DIR"], 40).test[:40])
-    mask = model.draw_mask(x, 0.5, draws.generator("a mask"))
-    with torch.no_grad():
-        trained = model.loss(x, mask).mean()
-        untrained = mae.MAE(model.config, draws.generator("init")).loss(x, mask).mean()
-    assert trained < 0.5 < 1.0 < untrained  # predicting each patch's mean costs 1 by construction
+    for path in (ROOT / "support").glob("*.py"):
+        if not path.name.startswith("test_"):
+            assert not imported(path) & {*PROGRAMS, "experiments"}, path
