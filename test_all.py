@@ -430,14 +430,15 @@ def test_algorithm_1_equals_the_readmes(kind, match, positions):
 @both
 def test_every_round_starts_at_the_initial_weights(modality):
     """Round t is what a fresh copy learns from the model of round t - 1; T' only cuts the list."""
-    initial, inputs, config = tiny(modality), examples(modality), config_of(rounds=2)
+    initial, inputs = tiny(modality), examples(modality)
+    config = settings.final(config_of(rounds=2), initial, len(inputs))
     models = distill.self_distill(initial, inputs, config)
     assert len(models) == 3 and equal(initial, tiny(modality))
     none = distill.self_distill(initial, inputs, replace(config, rounds=0))
     further = distill.further_pretrain(initial, inputs, config)
     assert len(none) == 1 and equal(none[0], further) and equal(models[0], further)
     for t in (1, 2):
-        student, teacher = copy.deepcopy(initial), copy.deepcopy(models[t - 1])
+        student, teacher = distill.learner(initial, config), copy.deepcopy(models[t - 1])
         distill.pretrain(student, teacher.requires_grad_(False), inputs, config, t, Run())
         assert equal(student, models[t]) and equal(teacher, models[t - 1])
         assert not equal(models[t], models[t - 1])
