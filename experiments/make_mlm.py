@@ -6,11 +6,13 @@ and comments of the modules that the data set `pydocs` does not read. A second p
 text's words from `<s>` alone: plain MLM leaves that token idle, and fine-tuning, which reads it,
 then stays at the most frequent class for hundreds of steps.
 
-    python experiments/make_mlm.py --out trial --steps 300          # a trial
-    python experiments/make_mlm.py                                  # the bundled files
+    python -m experiments.make_mlm --out trial --steps 300          # a trial
+    python -m experiments.make_mlm                                  # the bundled files
 """
 import argparse
+import ast
 import math
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -19,14 +21,41 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mlm
 from mlm import MLM, Config
-from support import fetch, texts
+from support.fetch import ROOT
+from support.texts import PYDOCS, Texts, stdlib
 
 VOCABULARY, LENGTH, BATCH = 2000, 128, 32
 LR, FIRST_LR, WARMUP, GAMMA = 1e-3, 5e-4, 0.02, 0.15  # warm-up: share of the steps
 EARLY, EARLY_GAMMA = 0.4, 0.4  # this share of the steps first, with a higher mask probability
+
+
+def pydocs_other() -> Iterator[str]:
+    """English from the modules that pydocs does not read: long strings and comments, each once."""
+    used = {name.strip("_") for label, modules in PYDOCS.items() for name in (label, *modules)}
+    seen = set()
+    for file in sorted(stdlib().rglob("*.py")):
+        parts = file.relative_to(stdlib()).parts
+        words = set(re.split(r"[._/]", "/".join(parts)))
+        if used & words or {"site-packages", "dist-packages"} & set(parts):
+            continue
+        try:
+            source = file.read_text(encoding="utf-8")
+            nodes = list(ast.walk(ast.parse(source)))
+        except (SyntaxError, ValueError):  # some tests are wrong on purpose
+            continue
+        values = [node.value for node in nodes if isinstance(node, ast.Constant)]
+        comments = re.findall(r"(?m)(?:^[ \t]*#.*\n)+", source)
+        found = [value for value in values if isinstance(value, str)]
+        found += [re.sub(r"(?m)^[ \t]*#+", "", comment) for comment in comments]
+        for text in (" ".join(text.split()) for text in found):
+            letters = sum(c.isascii() and (c.isalpha() or c == " ") for c in text)
+            if text.count(" ") < 7 or letters < 0.8 * len(text) or not text.isprintable():
+                continue  # too short to say anything, or no English
+            if text not in seen:
+                seen.add(text)
+                yield text
 
 
 def make_tokenizer(lines: list[str]) -> Tokenizer:
@@ -58,16 +87,16 @@ def sequences(encoded: Iterable[list[int]]) -> Iterator[list[int]]:
         yield [0, *waiting, 2]
 
 
-def corpus(lines: list[str], tokenizer: Tokenizer) -> texts.Texts:
+def corpus(lines: list[str], tokenizer: Tokenizer) -> Texts:
     """All sequences of the training English, as one tensor."""
     encoded = [e.ids for e in tokenizer.encode_batch(lines, add_special_tokens=False)]
     found = list(sequences(encoded))
     offsets = torch.tensor([0] + [len(ids) for ids in found]).cumsum(0)
     flat = torch.tensor([i for ids in found for i in ids], dtype=torch.int32)
-    return texts.Texts(flat, offsets, pad_id=1)
+    return Texts(flat, offsets, pad_id=1)
 
 
-def log_frequency(model: MLM, train: texts.Texts) -> torch.Tensor:
+def log_frequency(model: MLM, train: Texts) -> torch.Tensor:
     """Logarithm of each token's share [V] of the training text; special tokens are never masked."""
     counts = torch.bincount(train.ids.long(), minlength=VOCABULARY).float()
     counts[list(model.config.special_ids)] = 0
@@ -92,7 +121,7 @@ def initialise(model: MLM, unigram: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def evaluate(model: MLM, unigram: torch.Tensor, held: texts.Texts) -> str:
+def evaluate(model: MLM, unigram: torch.Tensor, held: Texts) -> str:
     """Cross-entropy and accuracy on masked held-out tokens, beside guessing by frequency alone."""
     model.eval()
     generator = torch.Generator().manual_seed(0)
@@ -119,7 +148,7 @@ def words_from_first(model: MLM, ids: torch.Tensor, z: torch.Tensor) -> torch.Te
     return -logp.gather(1, ids)[words].mean()
 
 
-def fit(model: MLM, train: texts.Texts, steps: int, lr: float, generator: torch.Generator,
+def fit(model: MLM, train: Texts, steps: int, lr: float, generator: torch.Generator,
         first: bool = False) -> None:
     """Line 10's loss alone, or with `first` plus that of the words guessed from `<s>`; in place."""
     # so small a model does not overfit a million tokens: dropout would only slow it
@@ -165,13 +194,13 @@ def main() -> None:
     parser.add_argument("--after", help="weights of a finished first phase, to skip it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=fetch.ROOT / "weights")
+    parser.add_argument("--out", type=Path, default=ROOT / "weights")
     flags = parser.parse_args()
     torch.set_num_threads(flags.threads)
     torch.manual_seed(flags.seed)
     generator = torch.Generator().manual_seed(flags.seed)
 
-    lines = list(texts.pydocs_other())
+    lines = list(pydocs_other())
     tokenizer = make_tokenizer(lines)
     everything = corpus(lines, tokenizer)
     order = torch.randperm(len(everything), generator=generator)
