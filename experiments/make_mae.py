@@ -77,16 +77,12 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--after", help="weights of a finished plain phase, to skip it")
     parser.add_argument("--out", type=Path, default=fetch.ROOT / "weights" / "tiny-mae.safetensors")
     args = parser.parse_args()
     pixels = unlabelled_birds(args.images, np.random.default_rng(args.seed))
     held_out = images.normalise(unlabelled_birds(1000, np.random.default_rng(args.seed + 1)))
-    if args.after:
-        model = mae.MAE.from_pretrained(args.after)
-    else:
-        model = mae.MAE(TINY, generator(args.seed, "init"))
-        train(model, pixels, held_out, args.plain_steps, False, args)
+    model = mae.MAE(TINY, generator(args.seed, "init"))
+    train(model, pixels, held_out, args.plain_steps, False, args)
     train(model, pixels, held_out, args.class_token_steps, True, args)
 
 
