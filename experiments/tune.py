@@ -1,16 +1,15 @@
-"""The choice of settings for the tiny models, on held-out parts of training sets: no test data.
+"""The choice of settings for the tiny models, on parts of training sets: test data play no part.
 
     DATA_DIR=/path/to/datasets python -m experiments.tune image  # paper.py's laptop size
     DATA_DIR=/path/to/datasets python -m experiments.tune text
     python -m experiments.tune pydocs                            # fine-tuning's default for texts
     python -m experiments.tune toybirds                          # is there something to learn?
 
-The first three: one setting after the other, each with those before it as chosen, on a seeded tenth
-of each training set: fine-tuning's learning rate by plain fine-tuning; then pre-training's by
-further pre-training, and the student's is the same; then what each baseline adds, by that baseline.
-A value's score is its mean over the data sets. The last: plain fine-tuning from the bundled weights
-and from random ones, on validation pictures drawn apart from the test set; pre-training played no
-part in the choice of toybirds' settings. Writes results/tuning-<name>.md or toybirds-tuning.md.
+The first three try one setting after the other, each with those before it as chosen, and score on a
+seeded tenth of each training set: fine-tuning's learning rate by plain fine-tuning; pre-training's,
+which is the student's too, by further pre-training; what a baseline adds by that baseline. Writes
+results/tuning-<name>.md and .json. The last fine-tunes from the bundled weights and from random
+ones, on validation pictures of their own; pre-training played no part. Writes toybirds-tuning.md.
 """
 import argparse
 import statistics
@@ -35,19 +34,13 @@ DATASETS = {"image": ("cub", "flower"), "text": ("scierc", "twitter_emotion"),
 BUDGET = {"image": dict(steps=150, batch_size=64, finetune_steps=150, finetune_batch_size=32),
           "text": dict(steps=30, batch_size=32, finetune_steps=250, finetune_batch_size=16),
           "pydocs": {}}
-# (setting, the method that is scored, its values)
-TRIALS = {
-    "image": (("finetune_lr", "fine-tuning", (5e-4, 1e-3, 2e-3)),
-              ("lr", "further pre-training", (5e-4, 1e-3, 2e-3)),
-              ("recadam_t0", "RecAdam", (4, 40)),
-              ("mars_radius", "MARS", (0.5, 2.0)),
-              ("r3f_eps", "R3F", (0.1, 0.3))),
-    "text": (("finetune_lr", "fine-tuning", (5e-4, 1e-3, 2e-3)),
-             ("lr", "further pre-training", (2e-4, 5e-4)),
-             ("recadam_t0", "RecAdam", (4, 40)),
-             ("mars_radius", "MARS", (0.5, 2.0)),
-             ("r3f_eps", "R3F", (0.01, 0.1))),
-    "pydocs": (("finetune_lr", "fine-tuning", (5e-4, 1e-3, 2e-3)),)}
+TRIALS = {"image": dict(finetune_lr=(5e-4, 1e-3, 2e-3), lr=(5e-4, 1e-3, 2e-3),
+                        recadam_t0=(4, 40), mars_radius=(0.5, 2.0), r3f_eps=(0.1, 0.3)),
+          "text": dict(finetune_lr=(5e-4, 1e-3, 2e-3), lr=(2e-4, 5e-4),
+                       recadam_t0=(4, 40), mars_radius=(0.5, 2.0), r3f_eps=(0.01, 0.1)),
+          "pydocs": dict(finetune_lr=(5e-4, 1e-3, 2e-3))}
+SCORED_BY = {"finetune_lr": "fine-tuning", "lr": "further pre-training", "recadam_t0": "RecAdam",
+             "mars_radius": "MARS", "r3f_eps": "R3F"}
 
 
 def begin(dataset: str, **chosen: object) -> tuple[torch.nn.Module, Data, settings.Config]:
@@ -80,8 +73,8 @@ def trial(dataset: str, chosen: dict, method: str) -> float:
 def tune(name: str) -> str:
     """All trials of a modality, one setting after the other; returns the page."""
     chosen, tried, lines = dict(BUDGET[name]), [], []
-    for setting, method, values in TRIALS[name]:
-        scores = {}
+    for setting, values in TRIALS[name].items():
+        method, scores = SCORED_BY[setting], {}
         for value in values:
             scores[value] = {dataset: trial(dataset, chosen | {setting: value}, method)
                              for dataset in DATASETS[name]}
@@ -92,23 +85,23 @@ def tune(name: str) -> str:
         for value in values:
             cells = " | ".join(f"{100 * score:.1f}" for score in scores[value].values())
             mark = " **chosen**" if value == chosen[setting] else ""
-            lines.append(f"| `{program.flag(setting)}` | {method} | {value:g}{mark} | {cells} |")
+            lines.append(f"| `{program.flag(setting)}` | {method} | {value:g}{mark} | {cells} |\n")
     write_json({"chosen": chosen, "tried": tried}, repeat.ROOT / "results" / f"tuning-{name}.json")
     budget = ", ".join(f"{setting} {value}" for setting, value in BUDGET[name].items())
     heads = "".join(f" {dataset}, % |" for dataset in DATASETS[name])
-    return (f"# Settings: {name}\n\n`python -m experiments.tune {name}`\n\nScores on a seeded tenth "
-            f"of the training sets (seed {SEED}, n = 1 each), which was left out of training; "
-            f"{budget or 'default steps'}. {repeat.machine()}.\n\n"
-            f"| setting | scored by | value |{heads}\n|---|---|---|{'---|' * len(DATASETS[name])}\n"
-            + "\n".join(lines) + "\n")
+    return (f"# Settings: {name}\n\n`python -m experiments.tune {name}`\n\nScores on a seeded "
+            f"tenth of the training sets (seed {SEED}, n = 1 each), which was left out of "
+            f"training; {budget or 'default steps'}. {repeat.machine()}.\n\n"
+            f"| setting | scored by | value |{heads}\n"
+            f"|---|---|---|{'---|' * len(DATASETS[name])}\n{''.join(lines)}")
 
 
-def bundled_against_random() -> str:
+def from_bundled_and_random() -> str:
     """Fine-tuning on toybirds from two starts, five seeds each; returns the page."""
     model, data, config = begin("toybirds")
     pixels, labels = toybirds.toybirds("validation", 50)
     data, results = replace(data, test=pixels, test_labels=labels), {}
-    config, seeds = settings.final(config, model, len(data.train)), range(SEED, SEED + 5)
+    config, seeds = settings.final(config, model, len(data.train)), list(range(SEED, SEED + 5))
     for seed in seeds:
         scratch = MODELS["image"](model.config, generator(seed, "init"))
         for label, start in (("bundled weights", model), ("random weights", scratch)):
@@ -118,7 +111,7 @@ def bundled_against_random() -> str:
     return (f"# toybirds, validation pictures\n\n`python -m experiments.tune toybirds`\n\n"
             f"{len(data.train)} training pictures, {config.finetune_steps} steps of "
             f"{config.finetune_batch_size}, learning rate {config.finetune_lr:g}; "
-            f"seeds {list(seeds)}. {repeat.machine()}.\n\n{repeat.table(results)}\n")
+            f"seeds {seeds}. {repeat.machine()}.\n\n{repeat.table(results)}\n")
 
 
 def main() -> None:
@@ -126,10 +119,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=(*TRIALS, "toybirds"))
     name = parser.parse_args().name
-    if name == "toybirds":
-        text, path = bundled_against_random(), "toybirds-tuning.md"
-    else:
-        text, path = tune(name), f"tuning-{name}.md"
+    text = from_bundled_and_random() if name == "toybirds" else tune(name)
+    path = "toybirds-tuning.md" if name == "toybirds" else f"tuning-{name}.md"
     (repeat.ROOT / "results" / path).write_text(text, encoding="utf-8")
     print(text)
 
