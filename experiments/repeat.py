@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from support import program
 from support.fetch import ROOT
 from support.run import read_json, write_json
 
@@ -62,21 +63,34 @@ def machine() -> str:
 
 
 def carry_out(commands: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Run commands, the words after `python`, one after the other; returns those that failed."""
+    """Run commands, the words after `python`, one after the other; returns those that failed.
+
+    The last word of each is its folder. What reads from a failed command's folder fails unrun, as
+    anything may lie there.
+    """
     failed = []
     for number, words in enumerate(commands, 1):
         print(f"[{number}/{len(commands)}] python {shlex.join(words)}", flush=True)
-        child = subprocess.Popen([sys.executable, *words], cwd=ROOT)
-        try:
-            status = child.wait()
-        except BaseException:
-            child.terminate()  # it ends its step and saves
-            child.wait()
-            raise
-        if status:
-            print(f"status {status}: python {shlex.join(words)}", file=sys.stderr)
-            failed.append(words)
+        if any(word.startswith(f"{bad[-1]}/") for bad in failed for word in words):
+            why = "another that failed was to make its teacher"
+        elif status := wait_for([sys.executable, *words]):
+            why = f"status {status}"
+        else:
+            continue
+        print(f"failed, {why}: python {shlex.join(words)}", file=sys.stderr)
+        failed.append(words)
     return failed
+
+
+def wait_for(command: list[str]) -> int:
+    """The status that a program ends with; it is stopped with us, and saves what it has."""
+    child = subprocess.Popen(command, cwd=ROOT)
+    try:
+        return child.wait()
+    except BaseException:
+        child.terminate()
+        child.wait()
+        raise
 
 
 def publish(name: str, record: dict, text: str, cells: Callable[[dict], Counter]) -> Path:
@@ -97,23 +111,23 @@ def publish(name: str, record: dict, text: str, cells: Callable[[dict], Counter]
 
 def main() -> None:
     parts = groupby(sys.argv[1:], "--".__eq__)  # what is one, and what stands between two
-    words, *commands = [list(part) for separates, part in parts if not separates] or [[]]
+    own, *commands = [list(part) for separates, part in parts if not separates] or [[]]
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="results/<name>.md and results/<name>.json are written")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    args = parser.parse_args(words)
+    args = parser.parse_args(own)
     if not commands or len(args.seeds) < 2:
         parser.error("give at least one command after `--` and at least two seeds")
+    runs = [(words, (*words, "--seed", str(seed), "--out", f"runs/{args.name}/{number}-seed{seed}"))
+            for seed in args.seeds for number, words in enumerate(commands)]
+    if carry_out([run for _, run in runs]):
+        sys.exit(1)
     results = {}
-    for seed in args.seeds:
-        for number, words in enumerate(commands):
-            out = f"runs/{args.name}/{number}-seed{seed}"
-            if carry_out([(*words, "--seed", str(seed), "--out", out)]):
-                sys.exit(1)
-            found = read_json(ROOT / out / "results.json")
-            for row in found["rows"]:
-                results.setdefault(f"{row['method']} (`{shlex.join(words)}`)", []).append(row)
+    for words, run in runs:
+        found = read_json(ROOT / run[-1] / "results.json")
+        for row in found["rows"]:
+            results.setdefault(f"{row['method']} (`{shlex.join(words)}`)", []).append(row)
     about = (f"`python -m experiments.repeat {shlex.join(sys.argv[1:])}`\n\n{found['dataset']}: "
              f"{found['n_train']} training and {found['n_test']} test examples, "
              f"{found['num_classes']} classes. Mean ± sample standard deviation over seeds "
@@ -124,4 +138,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)
