@@ -34,7 +34,6 @@ import mlm
 from experiments import repeat
 from experiments.paper import MODELS
 from support import draws, program, settings
-from support.fetch import BadInput
 from support.loop import batch
 from support.run import Run, read_json, write_json
 from support.texts import Texts
@@ -156,8 +155,7 @@ def peak_memory(case: Case) -> int:
 def measure(case: Case, turn: int, with_peer: bool = False) -> dict:
     """A row: what a step of ours and of transformers takes, and the machine's FLOP/s, by turns."""
     model, config, _ = begin(case)
-    where = settings.device(config)
-    others = {"transformers": Peer(case)} if with_peer else {}
+    where, others = settings.device(config), {"transformers": Peer(case)} if with_peer else {}
     n = 8192 if where.type == "cuda" else 4 * model.config.width
     dtype = torch.bfloat16 if settings.uses_bf16(config) else torch.float32
     a, b, c = (torch.randn(n, n, device=where).to(dtype) for _ in range(3))  # [n, n]
@@ -246,12 +244,11 @@ class Peer:
 # ----------------------------------------------------------------------------- the page
 
 RULES = """\
-Steps of `distill.pretrain` and `finetune.train` with the programs' own settings, on random weights,
-pictures and texts; in turn with them the same with transformers, and a large square product of
-matrices on the same machine, so that ratios compare neighbours in time. Medians over the turns,
-with quartiles. FLOPs are of all products of matrices that were done, as torch counts them; their
-share is of what the machine's product reaches. Memory is the most that two steps take in a process
-of their own, on a GPU or else all of it; what is remembered of a teacher grows with the data."""
+Steps of `distill.pretrain` and `finetune.train` with the programs' settings, on random weights,
+pictures and texts; in turn with them the same with transformers, and a large product of matrices,
+so that ratios compare neighbours in time. Medians over the turns, with quartiles. FLOPs are those
+of all products that were done, as torch counts them; their share is of what the large product
+reaches. GiB: the most that two steps take in a process of their own, on a GPU or in all."""
 
 
 def middle(values: list[float]) -> str:
@@ -271,7 +268,7 @@ def page(record: dict) -> str:
         if found["peer"]:
             heads += ["transformers: s", "TFLOP", "share, %", "ours is faster"]
         lines += ["", f"## {'GPU' if device == 'cuda' else 'CPU'}", "",
-                  f"`{found['command']}`: {found['machine']}{found['peer']}. The product: {peaks} "
+                  f"`{found['command']}`: {found['machine']}{found['peer']}. The large product: {peaks} "
                   "TFLOP/s.", "", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
         for row in found["rows"]:
             sides = [row[name] for name in ("ours", "transformers") if name in row]
@@ -300,7 +297,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=repeat.ROOT / "results", help="of the page")
     args = parser.parse_args()
     if args.peer and not importlib.util.find_spec("transformers"):
-        raise BadInput("--peer compares with transformers: pip install it, or leave out --peer")
+        parser.error("--peer compares with transformers: pip install it, or leave out --peer")
     device, rows = settings.device(settings.Config()).type, []
     turn = 10 if device == "cuda" else 1  # waiting for a GPU after each step hides what it gains
     for modality in MODELS:

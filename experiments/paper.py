@@ -222,8 +222,8 @@ def finished(words: Words) -> bool:
     folder = ROOT / words[-1]
     if not (folder / "results.json").exists() or not (folder / "config.json").exists():
         return False
-    told = run.read_json(folder / "config.json")
-    return (told["command"], told["facts"]["code"]) == (f"python {shlex.join(words)}", our_code())
+    told, asked = run.read_json(folder / "config.json"), f"python {shlex.join(words)}"
+    return (told.get("command"), told.get("facts", {}).get("code")) == (asked, our_code())
 
 
 def collect(cells: list[Cell]) -> list[dict]:
@@ -265,13 +265,13 @@ def planned(args: argparse.Namespace) -> tuple[dict, dict, list[Cell]]:
     cells = [cell for seed in range(args.seeds) for dataset in known if result.cells
              for cell in result.cells(dataset, args.scale, seed)
              if result.cells != train_sizes or cell.x <= known[dataset][0]]
-    told = [f"{pages.NAMES[dataset]}: {reason}" for dataset, reason in absent.items()]
     if not cells and (result.cells or not known):
         raise fetch.BadInput(f"{args.name} has nothing to measure, and nothing is written: "
-                             f"{'; '.join(told)}")
-    print(*told, sep="\n", end="\n" * bool(told))
-    # a page is for everyone: no path of this machine
-    return here, {name: told.replace(f"{data_dir}/", "") for name, told in absent.items()}, cells
+                             f"{'; '.join(absent.values())}")
+    for dataset, reason in absent.items():
+        print(f"{pages.NAMES[dataset]}: {reason}")
+        absent[dataset] = reason.replace(f"{data_dir}/", "")  # of this machine, not of the page
+    return here, absent, cells
 
 
 def report(args: argparse.Namespace, here: dict, absent: dict, cells: list[Cell],

@@ -264,6 +264,6 @@ def test_the_benchs_page_has_medians_quartiles_and_ratios():
            "transformers": {"seconds": [4.0, 3.0, 4.0], "flops": [9e12] * 3}}
     record = {"cpu": {"command": "c", "machine": "m", "peer": ", transformers 5", "rows": [row]}}
     text = bench.page(record)  # the quartiles of 1, 2, 4 lie halfway between neighbours
-    assert "The product: 6 (4.5–9) TFLOP/s." in text and text.endswith(
+    assert "large product: 6 (4.5–9) TFLOP/s." in text and text.endswith(
         "| image | fine-tuning | 8 | 2 | 2 (1.5–3) | 6 | 50 (50–50) | 4 (3.5–4) | 9 | "
         "37.5 (31.2–56.2) | 2 (1.5–2.5) × |\n")
