@@ -1,213 +1,288 @@
-"""What a step costs: against transformers, and against the machine's own matrix products.
+"""What a step costs: seconds, arithmetic and memory, and the same written with transformers.
 
-    python experiments/bench.py --peer                 # ViT-B/16 and RoBERTa-base
-    python experiments/bench.py --size tiny --steps 3  # models of the bundled sizes, in minutes
+    python -m experiments.bench --peer                  # ViT-B/16 and RoBERTa-base
+    python -m experiments.bench --size tiny --steps 3   # models of the bundled sizes, in minutes
 
-writes results/bench.md and .json (bench-tiny.*): steps of every stage, the loading of pictures, how
-a step's cost grows, and the paper's CUB column projected from steady steps. Each part can be
-measured anew without the others, and a run on a GPU keeps what a CPU measured.
+writes results/bench.md and .json (bench-tiny.*); a run on a GPU keeps what a CPU measured.
+`distill.pretrain` and `finetune.train` run as they are: torch calls a `Turns` after every step.
 
-Letters: B batch, K positions, N examples, S side.
+Letters: B batch, K positions, D width, N examples, S side.
 """
 import argparse
-import json
-import os
+import importlib.util
+import multiprocessing
+import re
 import shlex
-import shutil
-import subprocess
+import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
-import bench_page
-import bench_peer
-import repeat
-from bench_step import STAGES, Case, measure
-
+import distill
+import finetune
 import mae
 import mlm
-from support import fetch, images, run, settings, texts
+from experiments import repeat
+from experiments.paper import MODELS
+from support import draws, program, settings
+from support.loop import batch
+from support.run import Run, read_json, write_json
+from support.texts import Texts
 
-PARTS = ("steps", "loading", "growth", "column")
+STAGES = ("further pre-training", "self-distillation, teacher live",
+          "self-distillation, teacher remembered", "fine-tuning")
+CLASSES = 100
 
-# ----------------------------------------------------------------------------- the parts
-
-
-def write_weights(config: mae.Config | mlm.Config, folder: Path, name: str,
-                  with_peer: bool) -> tuple[Path, Path]:
-    """Two random models of these sizes; transformers writes them where it is to read them."""
-    paths = tuple(folder / f"{name}-{seed}" / "model.safetensors" for seed in (0, 1))
-    for seed, path in enumerate(paths):
-        if with_peer:
-            bench_peer.save(config, path.parent, seed)
-        else:
-            kind = mlm.MLM if isinstance(config, mlm.Config) else mae.MAE
-            kind(config, run.generator(seed, "bench")).save(path)
-    return tuple(path.parent for path in paths) if with_peer else paths
+# ----------------------------------------------------------------------------- our steps
 
 
-def pixels(N: int, side: int) -> Tensor:
-    """Random pictures uint8 [N, 3, side, side]."""
-    draws = run.generator("bench pictures", side)
-    return torch.randint(256, (N, 3, side, side), dtype=torch.uint8, generator=draws)
+class Case(NamedTuple):
+    """What is measured: a stage of a model, and how many steps of it."""
+
+    modality: str
+    size: str  # base: the paper's model; tiny: as the bundled weights
+    stage: str
+    steps: int
 
 
-def words(config: mlm.Config, N: int, K: int) -> Tensor:
-    """Random texts [N, K] without padding."""
-    ids = torch.randint(4, config.vocab_size - 1, (N, K), generator=run.generator("bench", K))
-    ids[:, 0], ids[:, -1] = 0, 2  # <s>, </s>
-    return ids
+def begin(case: Case, seed: int = 0) -> tuple[nn.Module, settings.Config, object]:
+    """A model with random weights, the programs' settings for it, and the examples.
 
-
-def real_texts(config: mlm.Config, N: int, data_dir: Path, folder: Path) -> tuple[str, texts.Texts]:
-    """N of SciERC's training texts or, where they are not on disk, of pydocs."""
-    there = (data_dir / "scierc").is_dir()
-    tokenizer = mlm.MLM.from_pretrained("tiny").tokenizer
-    data = texts.load(str(data_dir / "scierc") if there else "pydocs", folder, tokenizer,
-                      config.max_length)
-    chosen = torch.randperm(len(data.train), generator=run.generator("bench texts"))[:N]
-    return "SciERC" if there else "pydocs", data.train.take(chosen)
-
-
-def make_cases(size: str, gpu: bool, data_dir: Path, folder: Path, with_peer: bool) -> list[Case]:
-    """ViT, then RoBERTa on real texts and on full rows of two lengths."""
-    vit, roberta = mae.Config(), mlm.Config()
-    names = "ViT-B/16", "RoBERTa-base"
-    if size == "tiny":
-        vit, roberta = (kind.from_pretrained("tiny").config for kind in (mae.MAE, mlm.MLM))
-        names = "tiny ViT", "tiny RoBERTa"
-    batches, N = ((64, 128), 1024) if gpu else ((8, 8), 64)
-    weights = [write_weights(config, folder, name.replace("/", "-"), with_peer)
-               for config, name in zip((vit, roberta), names)]
-    side, lengths = vit.image_size, (128, 512) if size == "base" else (64, 128)
-    source, real = real_texts(roberta, N, data_dir, folder)
-    cases = [Case(f"{names[0]}, {side} px", vit, weights[0], pixels(N, side), batches[0], 200),
-             Case(f"{names[1]}, {source}", roberta, weights[1], real, batches[1], 7)]
-    for K in lengths:  # as many tokens a batch
-        batch = batches[1] * lengths[0] // K
-        cases.append(Case(f"{names[1]}, {K} tokens", roberta, weights[1],
-                          words(roberta, 8 * batch, K), batch, 7))
-    return cases
-
-
-def steps(cases: list[Case], turns: int, with_peer: bool, gpu: bool) -> list[dict]:
-    """Every stage of every case; on a GPU, training also compiled."""
-    return [measure(case, stage, turns, with_peer, compiled)
-            for compiled in (False, True)[:1 + gpu] for case in cases
-            for stage in STAGES[:4 - compiled]]
-
-
-def take_pictures(data_dir: Path, folder: Path, N: int) -> str:
-    """Fill a folder with N JPEG files of 500 × 375, CUB's usual size: its pictures, or drawn birds.
-
-    Copies of CUB that one may pass on are smaller; a file's size decides what decoding costs.
+    Pictures are random, and texts of 16 to 128 tokens. The batch is the paper's on a GPU, else 8. A
+    teacher is remembered where every example is seen at least once: N decides.
     """
-    files = sorted((data_dir / "CUB_200_2011" / "images").rglob("*.jpg"))
-    chosen = torch.randperm(len(files), generator=run.generator("bench files"))[:N].tolist()
-    folder.mkdir()
-    found = (images.Image.open(files[i]) for i in chosen) if chosen else (
-        images.Image.fromarray(bird.permute(1, 2, 0).numpy())
-        for bird in images.toybirds("train", -(-N // 20), 80)[0][:N])
-    for i, picture in enumerate(found):  # one open file at a time
-        picture.convert("RGB").resize((500, 375)).save(folder / f"{i}.jpg", quality=95)
-    size = sum(file.stat().st_size for file in folder.iterdir()) / N / 1000
-    return (f"{N} {'pictures of CUB' if chosen else 'drawn birds'} brought to 500 × 375, "
-            f"{size:.0f} kB each")
+    kind, image = MODELS[case.modality], case.modality == "image"
+    tiny = kind.from_pretrained("tiny").config
+    model = kind(tiny if case.size == "tiny" else type(tiny)(), draws.generator("bench", seed))
+    B = 32 if case.stage == "fine-tuning" else 64 if image else 128
+    B = B if torch.cuda.is_available() else 8
+    N = case.steps * B + (case.stage == STAGES[1])
+    config = settings.final(settings.Config(
+        steps=case.steps, finetune_steps=case.steps, batch_size=B, finetune_batch_size=B,
+        mask_prob=0.75 if image else 0.15), model, N)
+    draw = draws.generator("bench inputs")
+    if image:
+        shape = N, 3, model.config.image_size, model.config.image_size
+        return model, config, torch.randint(256, shape, dtype=torch.uint8, generator=draw)
+    lengths = torch.randint(16, 129, (N,), generator=draw)  # [N]
+    offsets = nn.functional.pad(lengths.cumsum(0), (1, 0))  # [N+1]
+    ids = torch.randint(4, tiny.vocab_size - 1, (int(offsets[-1]),), generator=draw)
+    ids[offsets[:-1]], ids[offsets[1:] - 1] = 0, 2  # <s>, </s>
+    return model, config, Texts(ids, offsets, tiny.pad_id)
 
 
-def loading(pictures: Path, about: str, side: int, turns: int, with_peer: bool,
-            folder: Path) -> dict:
-    """Seconds until all pictures of a folder were delivered as batches: ours, then their loader."""
-    where, files = settings.device(settings.Config()), sorted(pictures.iterdir())
-
-    def deliver() -> Tensor:
-        data = images.load(str(pictures), folder, side)
-        for index in reversed(torch.arange(len(files)).split(64)):  # to end with the first
-            x = run.batch(data.train, index, where)
-        return x
-
-    seconds, delivered = {}, {}
-
-    def timed(name: str, act: Callable[[], Tensor]) -> None:
-        began = time.perf_counter()
-        delivered[name] = act()
-        seconds.setdefault(name, []).append(time.perf_counter() - began)
-
-    for _ in range(turns):
-        shutil.rmtree(folder / "cache", ignore_errors=True)
-        timed("first start", deliver)
-        timed("later start", deliver)
-        for workers in sorted({0, os.cpu_count()}) if with_peer else ():
-            timed(f"transformers, {workers} workers", lambda: [
-                batch.to(where) for batch in bench_peer.loader(files, side, 64, workers)][0])
-    apart = max(((delivered["later start"] - theirs).abs().max().item()
-                 for name, theirs in delivered.items() if "workers" in name), default=0.0)
-    assert apart < 1e-4, f"the two deliver other pixels, {apart} apart"
-    processor = type(bench_peer.installed().ViTImageProcessor()).__name__ if with_peer else ""
-    return {"about": about, "side": side, "pictures": len(files), "seconds": seconds,
-            "processor": processor}
+def carry_out(case: Case) -> None:
+    """The project's own loop over the case's steps."""
+    model, config, inputs = begin(case)
+    if case.stage == "fine-tuning":
+        model.encoder.dropout.p, labels = config.dropout, torch.arange(len(inputs)) % CLASSES
+        tuned = finetune.Classifier(model.encoder, CLASSES).to(settings.device(config))
+        finetune.train(tuned, inputs, labels, config, Run(), case.stage)
+    elif case.stage == "further pre-training":
+        distill.pretrain(model, None, inputs, config, 0, Run())
+    else:
+        teacher, _, _ = begin(case, seed=1)
+        teacher.to(settings.device(config)).eval().requires_grad_(False)
+        distill.pretrain(model, teacher, inputs, config, 1, Run())
 
 
-def processes(weights: Path, pictures: Path, batch: int, count: int, folder: Path) -> dict | None:
-    """Further pre-training by distill.py on so many processes; None where it cannot be run."""
-    out, threads = folder / f"processes-{count}", max(1, torch.get_num_threads() // count)
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", str(count), "distill.py",
-               "--dataset", str(pictures), "--data-dir", str(folder), "--init", str(weights),
-               "--steps", "8", "--batch-size", str(batch), "--rounds", "0", "--out", str(out),
-               "--seed", str(count)]  # or the second would take over what the first made
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": str(threads)})
-    path = out / "timing.jsonl"
-    if done.returncode or not path.exists():
-        return None
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    told = next(line for line in lines if line["stage"] == "further pre-training")
-    return {"seconds": told["seconds"] / told["steps"], "threads": threads, "steps": told["steps"]}
+# ----------------------------------------------------------------------------- taking turns
 
 
-def growth(cases: list[Case], turns: int, gpu: bool, pictures: Path, folder: Path) -> dict:
-    """A step of further pre-training as one quantity grows, the others kept."""
-    vit, text, turns = cases[0], cases[2], min(turns, 3)
-    side, base = vit.config.image_size, vit.batch
-    sides = {round(side * share / vit.config.patch_size) * vit.config.patch_size
-             for share in (0.5, 0.75, 1, 1.5)}
-    longest = text.config.max_length
-    grown = {
-        "batch size, images": [(B, replace(vit, batch=B)) for B in (
-            (16, 64, 128, 256, 512) if gpu else (1, 2, 4, 8, 16))],
-        "image size, px": [(S, replace(vit, inputs=pixels(2 * base, S))) for S in sorted(sides)],
-        "sequence length, tokens": [
-            (K, replace(text, inputs=words(text.config, 2 * text.batch, K)))
-            for K in (longest // 16, longest // 8, longest // 4, longest // 2, longest)],
-        "number of examples": [(N, replace(vit, inputs=pixels(N, side)))
-                               for N in (2 * base, 16 * base, 128 * base)]}
-    rows = {what: [{"value": value, **measure(case, STAGES[0], turns)} for value, case in found]
-            for what, found in grown.items()}
-    most = torch.cuda.device_count() if gpu else 2
-    weights = vit.weights[0]
-    return {"rows": rows, "processes": [
-        {"value": count, "batch": base, **(processes(weights, pictures, base, count, folder) or {})}
-        for count in sorted({1, most})]}
+class Turns:
+    """After every few of our steps, reads a clock and lets the others do as many.
+
+    clock: seconds, or FLOPs, since some time. taken: what a step took, turn by turn.
+    """
+
+    def __init__(self, clock: Callable[[], float], turn: int,
+                 others: dict[str, Callable[[int], object]]) -> None:
+        self.clock, self.turn, self.others, self.step, self.busy = clock, turn, others, 0, False
+        self.taken, self.began = {name: [] for name in ("ours", *others)}, clock()
+
+    def __call__(self, *_: object) -> None:
+        self.step += not self.busy  # else it was another's optimiser
+        if not self.busy and self.step % self.turn == 0:
+            self.busy = True
+            self.note("ours")
+            for name, other in self.others.items():
+                for step in range(self.step - self.turn, self.step):
+                    other(step)
+                self.note(name)
+            self.busy = False
+
+    def note(self, name: str) -> None:
+        self.taken[name].append((self.clock() - self.began) / self.turn)
+        self.began = self.clock()
 
 
-def column(vit: Case, turns: int) -> list[dict]:
-    """The paper's CUB column: 300 steady steps and more of each stage at its own batch size."""
-    rows = []
-    for compiled in (False, True):
-        whole = replace(vit, inputs=pixels(5994, vit.config.image_size))
-        for stage, case in ((STAGES[0], whole), (STAGES[0], whole.first(whole.batch)),
-                            (STAGES[1], whole), (STAGES[2], whole)):
-            row = measure(case, stage, max(30, turns), compiled=compiled)
-            rows.append({**row, "steps": 10_000 if stage == "fine-tuning" else 20_000})
-    return rows
+def by_turns(case: Case, clock: Callable[[], float], turn: int,
+             others: dict[str, Callable[[int], object]]) -> dict[str, list[float]]:
+    """What a step of ours and of the others took, turn by turn; the first only warms up."""
+    turns = Turns(clock, turn, others)
+    hook = register_optimizer_step_post_hook(turns)
+    carry_out(case)
+    hook.remove()
+    return {name: values[1:] for name, values in turns.taken.items()}
+
+
+def now() -> float:
+    """Seconds, once the device has done all that it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_memory(case: Case) -> int:
+    """Bytes that a case takes at most, on the GPU or of this process; 0 if nobody tells."""
+    carry_out(case)
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")  # of Linux
+    found = re.search(r"VmHWM:\s+(\d+)", status.read_text() if status.exists() else "VmHWM: 0")
+    return 1024 * int(found[1])
+
+
+def measure(case: Case, turn: int, with_peer: bool = False) -> dict:
+    """A row: what a step of ours and of transformers takes, and the machine's FLOP/s, by turns."""
+    model, config, _ = begin(case)
+    where, others = settings.device(config), {"transformers": Peer(case)} if with_peer else {}
+    n = 8192 if where.type == "cuda" else 4 * model.config.width
+    dtype = torch.bfloat16 if settings.uses_bf16(config) else torch.float32
+    a, b, c = (torch.randn(n, n, device=where).to(dtype) for _ in range(3))  # [n, n]
+    seconds = by_turns(case, now, turn, {**others, "product": lambda _: torch.mm(a, b, out=c)})
+    # fused attention is not counted everywhere; written out it is
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        flops = by_turns(case, counter.get_total_flops, turn, others)
+    print(f"{case.modality}, {case.stage}: {middle(seconds['ours'])} s a step", flush=True)
+    return {"model": case.modality, "stage": case.stage, "batch": config.batch_size,
+            "peak": [2 * n**3 / s for s in seconds["product"]],
+            **{name: {"seconds": seconds[name], "flops": flops[name]} for name in flops}}
+
+
+# ----------------------------------------------------------------------------- transformers
+
+
+class Peer:
+    """The same steps with transformers' models and losses and torch's AdamW, as they are used.
+
+    Every position is predicted, texts are padded, and the teacher runs in every step. Batches and
+    masks are ours and at hand, but of pictures exactly three quarters are masked.
+    """
+
+    def __init__(self, case: Case) -> None:
+        import transformers as hub  # whoever compares has installed it
+        self.case, (ours, self.config, inputs) = case, begin(case)
+        text, tunes, sizes = case.modality == "text", case.stage == "fine-tuning", ours.config
+        if text:
+            kind = hub.RobertaForSequenceClassification if tunes else hub.RobertaForMaskedLM
+            about = hub.RobertaConfig(vocab_size=sizes.vocab_size, type_vocab_size=1)
+        else:
+            kind = hub.ViTForImageClassification if tunes else hub.ViTMAEForPreTraining
+            about = (hub.ViTConfig if tunes else hub.ViTMAEConfig)(
+                image_size=sizes.image_size, patch_size=sizes.patch_size)
+        for name, theirs in (mlm if text else mae).HUB_FIELDS.items():
+            setattr(about, theirs, getattr(sizes, name))
+        about.num_labels, about.norm_pix_loss, about._attn_implementation = CLASSES, True, "sdpa"
+        about.hidden_dropout_prob = self.config.dropout if tunes else sizes.dropout
+        about.attention_probs_dropout_prob = about.hidden_dropout_prob if text else 0.0
+        where = settings.device(self.config)
+        self.model, self.teacher = kind(about).to(where), kind(about).to(where).eval()
+        self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        self.batches = [self.drawn(ours, inputs, step) for step in range(case.steps)]
+
+    def drawn(self, model: nn.Module, inputs: object, step: int) -> tuple[Tensor, dict]:
+        """The mini-batch that our loop draws for a step, and what their model is called with."""
+        config, tunes = self.config, self.case.stage == "fine-tuning"
+        stream, t = "labelled order" if tunes else "order", int(self.case.stage in STAGES[1:3])
+        index = draws.batch(len(inputs), config.batch_size, step, config.seed, stream, t)  # [B]
+        x = batch(inputs, index, settings.device(config))  # [B, 3, S, S] or [B, K]
+        told = {"input_ids": x, "attention_mask": x != 1} if x.ndim == 2 else {"pixel_values": x}
+        if tunes:
+            return x, told | {"labels": (index % CLASSES).to(x.device)}
+        draw = draws.generator(config.seed, "mask", t, step)
+        masked = distill.mask_input(model, x, config, draw)
+        if x.ndim == 4:
+            return x, told | {"noise": masked["mask"].float()}
+        return x, told | {"input_ids": masked["corrupted"],
+                          "labels": x.masked_fill(~masked["mask"], -100)}
+
+    def hidden(self, model: nn.Module, x: Tensor) -> Tensor:
+        """Hidden states [B, 1+K, D] or [B, K, D] of unmasked input, zero at padding."""
+        if x.ndim == 2:
+            return model.roberta(x, x != 1).last_hidden_state * (x != 1)[..., None]
+        order = torch.arange((x.shape[2] // model.config.patch_size)**2, device=x.device)  # [K]
+        model.config.mask_ratio, usual = 0.0, model.config.mask_ratio
+        states = model.vit(x, noise=order.expand(len(x), -1)).last_hidden_state
+        model.config.mask_ratio = usual
+        return states
+
+    def __call__(self, step: int) -> None:
+        """One step of training."""
+        x, told = self.batches[step]
+        with settings.autocast(self.config):
+            loss = self.model(**told).loss
+            if self.case.stage in STAGES[1:3]:
+                with torch.no_grad():
+                    target = self.hidden(self.teacher, x)
+                loss = loss + distill.distillation_loss(self.hidden(self.model, x), target).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+
+
+# ----------------------------------------------------------------------------- the page
+
+RULES = """\
+Steps of `distill.pretrain` and `finetune.train` with the programs' settings, on random weights,
+pictures and texts; in turn with them the same with transformers, and a large product of matrices,
+so that ratios compare neighbours in time. Medians over the turns, with quartiles. FLOPs are those
+of all products that were done, as torch counts them; their share is of what the large product
+reaches. GiB: the most that two steps take in a process of their own, on a GPU or in all."""
+
+
+def middle(values: list[float]) -> str:
+    """Median and, of three values and more, the quartiles."""
+    if len(values) < 3:
+        return f"{statistics.median(values):.3g}"
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return f"{median:.3g} ({low:.3g}–{high:.3g})"
+
+
+def page(record: dict) -> str:
+    """The Markdown page, from nothing but the record."""
+    lines = ["# bench", "", RULES]
+    for device, found in record.items():
+        peaks = middle([peak / 1e12 for row in found["rows"] for peak in row["peak"]])
+        heads = ["model", "step", "batch", "GiB", "s", "TFLOP", "share, %"]
+        if found["peer"]:
+            heads += ["transformers: s", "TFLOP", "share, %", "ours is faster"]
+        lines += ["", f"## {'GPU' if device == 'cuda' else 'CPU'}", "",
+                  f"`{found['command']}`: {found['machine']}{found['peer']}. The large product: {peaks} "
+                  "TFLOP/s.", "", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+        for row in found["rows"]:
+            sides = [row[name] for name in ("ours", "transformers") if name in row]
+            cells = [row["model"], row["stage"], str(row["batch"]),
+                     f"{row['bytes'] / 2**30:.3g}" if row["bytes"] else "–"]
+            for side in sides:
+                turns = zip(side["flops"], side["seconds"], row["peak"])
+                cells += [middle(side["seconds"]), f"{statistics.median(side['flops']) / 1e12:.3g}",
+                          middle([100 * f / s / peak for f, s, peak in turns])]
+            for ours, theirs in zip(sides, sides[1:]):
+                pairs = zip(ours["seconds"], theirs["seconds"])
+                cells.append(f"{middle([b / a for a, b in pairs])} ×")
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 # ----------------------------------------------------------------------------- the program
@@ -216,48 +291,30 @@ def column(vit: Case, turns: int) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", action="store_true",
-                        help="compare with transformers, which has to be installed")
-    parser.add_argument("--size", choices=("base", "tiny"), default="base",
-                        help="base: the paper's models; tiny: of the bundled weights' sizes")
-    parser.add_argument("--steps", type=int, default=7,
-                        help="turns that count, a step each (10 steps on a GPU); more steadies the "
-                        "medians (default 7)")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS,
-                        help="what to measure; the others stay as they were measured last")
-    parser.add_argument("--data-dir", type=Path, default=os.environ.get("DATA_DIR", "datasets"),
-                        help="folder of the data sets: CUB's pictures and SciERC's texts, if there")
-    parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder of the page")
+    parser.add_argument("--peer", action="store_true", help="the same with transformers, too")
+    parser.add_argument("--size", choices=("base", "tiny"), default="base", help="of the models")
+    parser.add_argument("--steps", type=int, default=7, help="turns; on a GPU one has 10 steps")
+    parser.add_argument("--out", type=Path, default=repeat.ROOT / "results", help="of the page")
     args = parser.parse_args()
-    if args.steps < 1:
-        raise fetch.BadInput(f"--steps is {args.steps}: use at least 1")
-    versions = {"torch": torch.__version__}
-    if args.peer:
-        versions["transformers"] = bench_peer.installed().__version__
-    where = settings.device(settings.Config())
-    gpu, path = where.type == "cuda", args.out / f"bench{'-tiny' * (args.size == 'tiny')}.json"
-    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    mine = record.setdefault(where.type, {})
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        cases = make_cases(args.size, gpu, args.data_dir, folder, args.peer)
-        pictures = folder / "pictures"
-        about = take_pictures(args.data_dir, pictures, 512 if args.size == "base" else 64)
-        make = {
-            "steps": lambda: steps(cases, args.steps, args.peer, gpu),
-            "loading": lambda: loading(pictures, about, cases[0].config.image_size, args.steps,
-                                       args.peer, folder),
-            "growth": lambda: growth(cases, args.steps, gpu, pictures, folder),
-            "column": lambda: column(cases[0], args.steps) if gpu else None}
-        for part in args.parts:
-            mine[part] = {"command": f"python experiments/bench.py {shlex.join(sys.argv[1:])}",
-                          "machine": repeat.machine(), "versions": versions,
-                          "threads": torch.get_num_threads(), "found": make[part]()}
-            args.out.mkdir(parents=True, exist_ok=True)
-            run.write_json(record, path)
-            path.with_suffix(".md").write_text(bench_page.page(record), encoding="utf-8")
-    print(f"\n{bench_page.page(record)}\nwrote {path.with_suffix('.md')}")
+    if args.peer and not importlib.util.find_spec("transformers"):
+        parser.error("--peer compares with transformers: pip install it, or leave out --peer")
+    device, rows = settings.device(settings.Config()).type, []
+    turn = 10 if device == "cuda" else 1  # waiting for a GPU after each step hides what it gains
+    for modality in MODELS:
+        for stage in STAGES:
+            case = Case(modality, args.size, stage, (1 + args.steps) * turn)
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+                held = fresh.submit(peak_memory, case._replace(steps=2)).result()
+            rows.append(measure(case, turn, args.peer) | {"bytes": held})
+    peer = f", transformers {sys.modules['transformers'].__version__}" if args.peer else ""
+    path = args.out / f"bench{'-tiny' * (args.size == 'tiny')}.json"
+    record = read_json(path) if path.exists() else {}
+    record[device] = {"command": f"python -m experiments.bench {shlex.join(sys.argv[1:])}",
+                      "machine": repeat.machine(), "peer": peer, "rows": rows}
+    write_json(record, path)
+    path.with_suffix(".md").write_text(page(record), encoding="utf-8")
+    print(f"\n{page(record)}\nwrote {path.with_suffix('.md')}")
 
 
 if __name__ == "__main__":
-    run.program(main)
+    program.run(main)

@@ -1,6 +1,6 @@
 """Make weights/tiny-mae.safetensors: a small ViT, masked-auto-encoded on unlabelled drawn pictures.
 
-    python experiments/make_mae.py
+    python -m experiments.make_mae
 
 The pictures are birds of species drawn afresh, none of them one of `toybirds`' 20, and shapes
 without birds; no label is read. First comes plain masked auto-encoding. Then each step also
@@ -9,17 +9,17 @@ steps of fine-tuning make up for in the paper and a few hundred steps here would
 """
 import argparse
 import math
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import distill
 import mae
-from support import fetch, images, run, settings
+from support import fetch, images, settings
+from support.draws import generator
+from support.toybirds import unlabelled_birds
 
 TINY = mae.Config(image_size=40, patch_size=8, width=128, depth=4, heads=4, mlp=512,
                   decoder_width=64, decoder_depth=2, decoder_heads=4, decoder_mlp=256, eps=1e-6)
@@ -46,7 +46,7 @@ def train(model: mae.MAE, pixels: torch.Tensor, held_out: torch.Tensor, steps: i
     optimiser = distill.adamw(model, config)
     phase, warmup, start = "class token" if alone else "draw", steps // 20, time.time()
     for step in range(steps):
-        draws = run.generator(args.seed, phase, step)
+        draws = generator(args.seed, phase, step)
         index = torch.randint(len(pixels), (args.batch_size,), generator=draws)
         x = images.normalise(pixels[index])
         x = x.flip(3) if step % 2 else x
@@ -59,7 +59,7 @@ def train(model: mae.MAE, pixels: torch.Tensor, held_out: torch.Tensor, steps: i
         optimiser.step()
         optimiser.zero_grad()
         if step % 500 == 499 or step == steps - 1:
-            mask = model.draw_mask(held_out, MASK_PROB, run.generator(args.seed, "held out"))
+            mask = model.draw_mask(held_out, MASK_PROB, generator(args.seed, "held out"))
             with torch.no_grad():
                 unseen = model.loss(held_out, mask).mean()
             print(f"step {step + 1}/{steps}: loss {loss:.4f}, held-out MAE loss {unseen:.4f}, "
@@ -77,16 +77,12 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--after", help="weights of a finished plain phase, to skip it")
     parser.add_argument("--out", type=Path, default=fetch.ROOT / "weights" / "tiny-mae.safetensors")
     args = parser.parse_args()
-    pixels = images.unlabelled_birds(args.images, np.random.default_rng(args.seed))
-    held_out = images.normalise(images.unlabelled_birds(1000, np.random.default_rng(args.seed + 1)))
-    if args.after:
-        model = mae.MAE.from_pretrained(args.after)
-    else:
-        model = mae.MAE(TINY, run.generator(args.seed, "init"))
-        train(model, pixels, held_out, args.plain_steps, False, args)
+    pixels = unlabelled_birds(args.images, np.random.default_rng(args.seed))
+    held_out = images.normalise(unlabelled_birds(1000, np.random.default_rng(args.seed + 1)))
+    model = mae.MAE(TINY, generator(args.seed, "init"))
+    train(model, pixels, held_out, args.plain_steps, False, args)
     train(model, pixels, held_out, args.class_token_steps, True, args)
 
 

@@ -6,11 +6,13 @@ and comments of the modules that the data set `pydocs` does not read. A second p
 text's words from `<s>` alone: plain MLM leaves that token idle, and fine-tuning, which reads it,
 then stays at the most frequent class for hundreds of steps.
 
-    python experiments/make_mlm.py --out trial --steps 300          # a trial
-    python experiments/make_mlm.py                                  # the bundled files
+    python -m experiments.make_mlm --out trial --steps 300          # a trial
+    python -m experiments.make_mlm                                  # the bundled files
 """
 import argparse
+import ast
 import math
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -18,15 +20,43 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.nn.functional import nll_loss
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mlm
 from mlm import MLM, Config
-from support import fetch, texts
+from support.fetch import ROOT
+from support.texts import PYDOCS, Texts, stdlib
 
 VOCABULARY, LENGTH, BATCH = 2000, 128, 32
 LR, FIRST_LR, WARMUP, GAMMA = 1e-3, 5e-4, 0.02, 0.15  # warm-up: share of the steps
 EARLY, EARLY_GAMMA = 0.4, 0.4  # this share of the steps first, with a higher mask probability
+
+
+def pydocs_other() -> Iterator[str]:
+    """English from the modules that pydocs does not read: long strings and comments, each once."""
+    used = {name.strip("_") for label, modules in PYDOCS.items() for name in (label, *modules)}
+    seen = set()
+    for file in sorted(stdlib().rglob("*.py")):
+        parts = file.relative_to(stdlib()).parts
+        words = set(re.split(r"[._/]", "/".join(parts)))
+        if used & words or {"site-packages", "dist-packages"} & set(parts):
+            continue
+        try:
+            source = file.read_text(encoding="utf-8")
+            nodes = list(ast.walk(ast.parse(source)))
+        except (SyntaxError, ValueError):  # some tests are wrong on purpose
+            continue
+        values = [node.value for node in nodes if isinstance(node, ast.Constant)]
+        comments = re.findall(r"(?m)(?:^[ \t]*#.*\n)+", source)
+        found = [value for value in values if isinstance(value, str)]
+        found += [re.sub(r"(?m)^[ \t]*#+", "", comment) for comment in comments]
+        for text in (" ".join(text.split()) for text in found):
+            letters = sum(c.isascii() and (c.isalpha() or c == " ") for c in text)
+            if text.count(" ") < 7 or letters < 0.8 * len(text) or not text.isprintable():
+                continue  # too short to say anything, or no English
+            if text not in seen:
+                seen.add(text)
+                yield text
 
 
 def make_tokenizer(lines: list[str]) -> Tokenizer:
@@ -58,16 +88,16 @@ def sequences(encoded: Iterable[list[int]]) -> Iterator[list[int]]:
         yield [0, *waiting, 2]
 
 
-def corpus(lines: list[str], tokenizer: Tokenizer) -> texts.Texts:
+def corpus(lines: list[str], tokenizer: Tokenizer) -> Texts:
     """All sequences of the training English, as one tensor."""
     encoded = [e.ids for e in tokenizer.encode_batch(lines, add_special_tokens=False)]
     found = list(sequences(encoded))
     offsets = torch.tensor([0] + [len(ids) for ids in found]).cumsum(0)
     flat = torch.tensor([i for ids in found for i in ids], dtype=torch.int32)
-    return texts.Texts(flat, offsets, pad_id=1)
+    return Texts(flat, offsets, pad_id=1)
 
 
-def log_frequency(model: MLM, train: texts.Texts) -> torch.Tensor:
+def log_frequency(model: MLM, train: Texts) -> torch.Tensor:
     """Logarithm of each token's share [V] of the training text; special tokens are never masked."""
     counts = torch.bincount(train.ids.long(), minlength=VOCABULARY).float()
     counts[list(model.config.special_ids)] = 0
@@ -92,23 +122,21 @@ def initialise(model: MLM, unigram: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def evaluate(model: MLM, unigram: torch.Tensor, held: texts.Texts) -> str:
+def evaluate(model: MLM, unigram: torch.Tensor, held: Texts) -> str:
     """Cross-entropy and accuracy on masked held-out tokens, beside guessing by frequency alone."""
     model.eval()
     generator = torch.Generator().manual_seed(0)
-    nll, hits, base_nll, base_hits, total = 0., 0, 0., 0, 0
+    found, truth = [], []
     for index in torch.arange(len(held)).split(256):
         ids = held[index]  # [B, K]
         z = model.draw_mask(ids, GAMMA, generator)  # [B, K]
-        logp = model.logits(ids.masked_fill(z, VOCABULARY - 1))[z].log_softmax(-1)  # [M, V]
-        truth = ids[z]  # [M]
-        nll -= logp.gather(1, truth[:, None]).sum().item()
-        hits += (logp.argmax(-1) == truth).sum().item()
-        base_nll -= unigram[truth].sum().item()
-        base_hits += (truth == unigram.argmax()).sum().item()
-        total += len(truth)
-    return (f"held-out masked tokens: loss {nll / total:.3f}, accuracy {hits / total:.1%}; "
-            f"by frequency alone: {base_nll / total:.3f}, {base_hits / total:.1%} ({total} tokens)")
+        found.append(model.logits(ids.masked_fill(z, VOCABULARY - 1))[z].log_softmax(-1))  # [M, V]
+        truth.append(ids[z])  # [M]
+    logp, truth = torch.cat(found), torch.cat(truth)
+    told = [f"{nll_loss(guess, truth):.3f}, {(guess.argmax(-1) == truth).double().mean():.1%}"
+            for guess in (logp, unigram.expand(len(truth), -1))]
+    return (f"held-out masked tokens: loss, accuracy {told[0]}; by frequency alone: {told[1]} "
+            f"({len(truth)} tokens)")
 
 
 def words_from_first(model: MLM, ids: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
@@ -119,7 +147,7 @@ def words_from_first(model: MLM, ids: torch.Tensor, z: torch.Tensor) -> torch.Te
     return -logp.gather(1, ids)[words].mean()
 
 
-def fit(model: MLM, train: texts.Texts, steps: int, lr: float, generator: torch.Generator,
+def fit(model: MLM, train: Texts, steps: int, lr: float, generator: torch.Generator,
         first: bool = False) -> None:
     """Line 10's loss alone, or with `first` plus that of the words guessed from `<s>`; in place."""
     # so small a model does not overfit a million tokens: dropout would only slow it
@@ -131,7 +159,7 @@ def fit(model: MLM, train: texts.Texts, steps: int, lr: float, generator: torch.
     warmup = max(1, int(WARMUP * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(
         (step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps)))
-    begin, recent, model = time.time(), [], model.train()
+    begin, model = time.time(), model.train()
     for step in range(steps):
         at = step * BATCH % (len(train) - BATCH + 1)
         if step == 0 or at < BATCH:
@@ -140,38 +168,29 @@ def fit(model: MLM, train: texts.Texts, steps: int, lr: float, generator: torch.
         gamma = EARLY_GAMMA if step < EARLY * steps and not first else GAMMA
         z = model.draw_mask(ids, gamma, generator)  # [B, K]
         loss = (model.loss(ids, z) * z.sum(1)).sum() / z.sum()  # short texts are noisy: less weight
-        parts = [loss.item()]
         if first:
-            from_first = words_from_first(model, ids, z)
-            loss = loss + from_first
-            parts.append(from_first.item())
+            loss = loss + words_from_first(model, ids, z)
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         schedule.step()
-        recent.append(parts)
-        if (step + 1) % 100 == 0 or step + 1 == steps:
-            means = "  ".join(f"{sum(part) / len(recent):.3f}" for part in zip(*recent))
-            print(f"step {step + 1}  loss {means}  "
-                  f"{1000 * (time.time() - begin) / (step + 1):.0f} ms/step", flush=True)
-            recent = []
+        if step % 100 == 99 or step + 1 == steps:
+            print(f"step {step + 1}: loss {loss:.3f}, {time.time() - begin:.0f} s", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=8000, help=f"of {BATCH} sequences")
     parser.add_argument("--first-token-steps", type=int, default=1200)
-    parser.add_argument("--after", help="weights of a finished first phase, to skip it")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=fetch.ROOT / "weights")
+    parser.add_argument("--out", type=Path, default=ROOT / "weights")
     flags = parser.parse_args()
-    torch.set_num_threads(flags.threads)
+    torch.set_num_threads(1)
     torch.manual_seed(flags.seed)
     generator = torch.Generator().manual_seed(flags.seed)
 
-    lines = list(texts.pydocs_other())
+    lines = list(pydocs_other())
     tokenizer = make_tokenizer(lines)
     everything = corpus(lines, tokenizer)
     order = torch.randperm(len(everything), generator=generator)
@@ -185,12 +204,9 @@ def main() -> None:
           f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
 
     unigram = log_frequency(model, train)  # [V]
-    if flags.after:
-        model = MLM.from_pretrained(flags.after)
-    else:
-        initialise(model, unigram)
-        fit(model, train, flags.steps, LR, generator)
-        print(evaluate(model, unigram, held))
+    initialise(model, unigram)
+    fit(model, train, flags.steps, LR, generator)
+    print(evaluate(model, unigram, held))
     fit(model, train, flags.first_token_steps, FIRST_LR, generator, first=True)
     result = evaluate(model, unigram, held)
     print(result)
