@@ -27,7 +27,7 @@ from typing import NamedTuple
 import mae
 import mlm
 from experiments import pages, repeat
-from support import fetch, program, run, settings
+from support import fetch, program, recipes, run, settings
 from support.data import load
 
 ROOT = fetch.ROOT
@@ -55,7 +55,7 @@ Words = tuple[str, ...]  # a command: its program, --dataset, a name, more flags
 
 
 def modality(dataset: str) -> str:
-    return "text" if dataset in settings.TEXTS else "image"
+    return "text" if dataset in recipes.TEXTS else "image"
 
 
 def command(file: str, dataset: str, scale: str, seed: int, teacher: str = "", note: str = "",
@@ -81,7 +81,7 @@ def student(dataset: str, scale: str, seed: int, **changes: object) -> Words:
 
 def usual_steps(dataset: str, scale: str) -> int:
     """Steps of further pre-training, where nothing else is asked for, on the published data."""
-    usual = settings.DEFAULTS[modality(dataset), "paper", "pretrain"]
+    usual = recipes.DEFAULTS[modality(dataset), "paper"]
     usual = usual | SETTINGS[scale, modality(dataset)]
     if "steps" in usual:
         return usual["steps"]
