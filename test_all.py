@@ -961,9 +961,12 @@ def test_documented_commands_run(command, tmp_path, monkeypatch, capsys):
     own_pictures(tmp_path / "mine")
     for path in re.findall(r"runs/\S+", command):  # what an earlier command leaves
         mae.MAE.from_pretrained("tiny").save(path)
-    name, *words = command.replace("path/to/my/pictures", "mine --init tiny").split()
+    Path("mine.jsonl").write_text("".join(json.dumps({"text": f"word {i}", "label": "ab"[i % 2]})
+                                          + "\n" for i in range(100)))
+    name, *words = command.replace("path/to/my/pictures", "mine").replace(
+        "path/to/my/texts.jsonl", "mine.jsonl --init tiny").split()
     config = program.parse(name.removesuffix(".py"), "", words)
-    if config.dataset not in ("toybirds", "pydocs", "mine") or config.predict:
+    if config.dataset not in ("toybirds", "pydocs", "mine", "mine.jsonl") or config.predict:
         return
     start(" ".join([name, *words, "--smoke"]))
     said = capsys.readouterr().out
