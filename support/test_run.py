@@ -179,7 +179,7 @@ def test_a_killed_run_carries_on_bit_for_bit(modality, tmp_path, monkeypatch):
             raise Killed
 
     monkeypatch.setattr(loop.Stage, "_log", dying_log)
-    monkeypatch.setattr(run.pictures, "curves", lambda _: None)
+    monkeypatch.setattr(run.pictures, "curves", lambda *_: None)
     go(tmp_path / "whole", modality, save_every="2")
     for moment in (1, 7, 9, 18, 24, 30):  # the last three in RecAdam, MARS and R3F
         left[0] = moment
