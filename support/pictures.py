@@ -58,7 +58,7 @@ def curves(folder: Path, title: str) -> None:
             steps, values = _column(mine, kind)
             if not steps:
                 continue
-            colour, near = f"C{number}", np.ones(5)
+            colour, near = f"C{number}", np.ones(min(5, len(values)))
             axis.plot(steps, values, color=colour, alpha=0.25, linewidth=1)  # single batches
             # each point's mean with its neighbours, of whom the ends have fewer
             smooth = np.convolve(values, near, "same") / np.convolve(np.ones_like(values), near,

@@ -98,6 +98,9 @@ class Config:
         "fine-tuning", None, "examples a step (paper: 32)", TUNES)
     finetune_lr: float | None = _flag(
         "fine-tuning", None, "learning rate; lower it when the loss jumps", TUNES)
+    probe: bool = _flag(
+        "fine-tuning", False, "also score frozen features: by a linear head, and by their nearest "
+        "neighbours", "distill finetune")
     predict: str | None = _flag(
         "fine-tuning", None, "do not train: write the classes and probabilities that the "
         "classifier of --init (a run's finetuned-….safetensors) gives a folder of pictures, or the "
