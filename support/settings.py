@@ -131,6 +131,10 @@ class Config:
     out: str | None = _flag(
         "where and how", None, "run folder; default runs/<program>-<dataset>-<init>-…-seed<seed>",
         f"mae {TUNES}")
+    export: str | None = _flag(
+        "where and how", None, "also write what was made into this folder, as Hugging Face's "
+        "transformers reads it: the classifier or, of distill.py, the last student and, in "
+        "classifier/, its classifier", "distill finetune")
     seed: int = _flag(
         "where and how", 0, "seed of every draw: order, masks, initialisation, augmentation, "
         "dropout, noise")

@@ -1,27 +1,40 @@
-"""Where a name leads, what a file holds, and other people's names: golden/ in ours and back."""
+"""Where a name leads, what a file holds, and the way in for other people's names."""
 import json
 import shlex
 import shutil
 import sys
-from dataclasses import asdict
 
 import pytest
 import torch
 from huggingface_hub import constants
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 
+import finetune
 import mae
 import mlm
 from support import weights
 from support.fetch import ROOT, BadInput
 
 TENSORS = {"a": torch.arange(6.).view(2, 3), "b": torch.ones(2)}
-VIT, ROBERTA = ROOT / "golden" / "vit_mae.safetensors", ROOT / "golden" / "roberta.safetensors"
+GOLDEN = {mae.MAE: ROOT / "golden" / "vit_mae.safetensors",
+          mlm.MLM: ROOT / "golden" / "roberta.safetensors"}
 
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def published(kind):
+    """golden/ in the layouts of facebook/vit-mae-base and roberta-base, leftovers included."""
+    tensors = {name.replace("decoder_encoder.layer", "decoder_layers"): tensor
+               for name, tensor in load_file(GOLDEN[kind]).items()}
+    if kind is mae.MAE:
+        return tensors
+    copied = tensors["roberta.embeddings.word_embeddings.weight"].clone()
+    return tensors | {"lm_head.decoder.weight": copied, "roberta.pooler.dense.bias": torch.ones(48),
+                      "lm_head.decoder.bias": tensors["lm_head.bias"].clone(),
+                      "roberta.embeddings.position_ids": torch.arange(34)[None]}
 
 
 def test_find_tiny_a_file_and_a_folder(tmp_path):
@@ -56,24 +69,79 @@ def test_find_says_what_a_name_may_be(source, near):
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
-def test_a_hubs_cache_serves_without_a_network(tmp_path, monkeypatch, file):
-    """Also where nothing may be written into it; what it lacks is said in one sentence."""
+@pytest.mark.parametrize("kind", GOLDEN)
+def test_a_hubs_cache_serves_without_a_network(tmp_path, monkeypatch, capsys, file, kind):
+    """Published layouts, written nothing to; what the cache lacks is said in one sentence."""
     snapshot = tmp_path / "models--me--mine" / "snapshots" / "0123456789abcdef"
     snapshot.mkdir(parents=True)
     (tmp_path / "models--me--mine" / "refs").mkdir()
     (tmp_path / "models--me--mine" / "refs" / "main").write_text(snapshot.name)
-    shutil.copy(VIT.with_suffix(".config.json"), snapshot / "config.json")
-    if file.endswith("bin"):
-        torch.save(load_file(VIT), snapshot / file)
-    else:
-        shutil.copy(VIT, snapshot / file)
+    shutil.copy(GOLDEN[kind].with_suffix(".config.json"), snapshot / "config.json")
+    words = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 119}
+    Tokenizer(models.WordLevel(words, "<unk>")).save(str(snapshot / "tokenizer.json"))
+    write = torch.save if file.endswith("bin") else save_file
+    write(published(kind), snapshot / file)
     snapshot.chmod(0o555)
+    before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    found, expected = mae.MAE.from_pretrained("me/mine"), mae.MAE.from_pretrained(VIT)
+    found, expected = kind.from_pretrained("me/mine"), kind.from_pretrained(GOLDEN[kind])
     assert same(found.state_dict(), expected.state_dict()) and found.config == expected.config
+    told = {mae.MAE: "does not record whether its decoder predicts raw or normalised pixels",
+            mlm.MLM: "roberta.embeddings.position_ids, roberta.pooler.dense.bias\n"}[kind]
+    assert told in capsys.readouterr().out and sorted(tmp_path.rglob("*")) == before
     with pytest.raises(BadInput, match="^'me/other' is no .*put model.safetensors.*--init tiny`$"):
         weights.find("me/other", "image")
+
+
+@pytest.mark.parametrize("kind, prefix, more", [
+    (mae.MAE, "", ["pooler.dense.weight"]),  # ViTModel; ViTMAEModel has no pooler
+    (mae.MAE, "vit.", ["classifier.weight", "classifier.bias"]),  # ViTForImageClassification
+    (mae.MAE, "module._orig_mod.vit.", []),  # as torch's wrappers save one
+    (mlm.MLM, "", ["embeddings.position_ids", "pooler.dense.bias"]),  # RobertaModel
+    # RobertaForSequenceClassification
+    (mlm.MLM, "roberta.", ["classifier.dense.bias", "classifier.out_proj.weight"])])
+def test_encoders_of_other_models_are_read(tmp_path, capsys, kind, prefix, more):
+    """What else is in the file is told, as is the fresh decoder, but not before it is accepted."""
+    (whole, described), path = weights.read(GOLDEN[kind]), tmp_path / "a.safetensors"
+    tensors = {prefix + name.partition(".")[2]: tensor for name, tensor in whole.items()
+               if name.startswith(("vit.", "roberta."))}
+    tensors |= {name: torch.ones(2) for name in more}
+    weights.write(tensors | {f"{prefix}new": torch.ones(2)}, path, described)
+    with pytest.raises(BadInput, match=r"unexpected (vit|roberta)\.new \[2\]$"):
+        kind.from_pretrained(path)
+    assert capsys.readouterr().out == ""
+    weights.write(tensors, path, described)
+    found, told = kind.from_pretrained(path), capsys.readouterr().out
+    expected = kind.from_pretrained(GOLDEN[kind])
+    assert same(found.encoder.state_dict(), expected.encoder.state_dict())
+    assert found.config == expected.config and all(name in told for name in more)
+    assert "encoder only: its decoder g_φ starts FRESH" in told and "pixels" not in told
+
+
+def test_fine_tuned_weights_of_others_are_read_without_their_head(tmp_path, capsys):
+    """facebookresearch's, whose names timm has; not where the mean over patches was trained."""
+    encoder, path = mae.MAE.from_pretrained(GOLDEN[mae.MAE]).encoder, tmp_path / "model.safetensors"
+    finetune.Classifier(encoder, 3).save_pretrained(tmp_path, "timm")
+    found = mae.MAE.from_pretrained(path)
+    assert same(found.encoder.state_dict(), encoder.state_dict())
+    assert "head.bias, head.weight" in capsys.readouterr().out
+    tensors = load_file(path)
+    tensors |= {f"fc_norm.{kind}": tensors.pop(f"norm.{kind}") for kind in ("weight", "bias")}
+    save_file(tensors, path)
+    with pytest.raises(BadInput, match="mean over patches .fc_norm for norm.*weights before that"):
+        mae.MAE.from_pretrained(path)
+
+
+def test_several_files_of_half_precision_are_read(tmp_path):
+    tensors = {name: tensor.half() for name, tensor in published(mae.MAE).items()}
+    files = {name: f"model-{len(name) % 2}.safetensors" for name in tensors}
+    for file in set(files.values()):
+        save_file({name: tensors[name] for name in files if files[name] == file}, tmp_path / file)
+    (tmp_path / weights.INDEX).write_text(json.dumps({"weight_map": files}))
+    shutil.copy(GOLDEN[mae.MAE].with_suffix(".config.json"), tmp_path / "config.json")
+    expected = mae.MAE.from_pretrained(GOLDEN[mae.MAE]).half().float()
+    assert same(mae.MAE.from_pretrained(tmp_path).state_dict(), expected.state_dict())
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -82,9 +150,7 @@ def test_what_is_written_is_read(tmp_path):
     tensors = TENSORS | {"transposed": TENSORS["a"].t()}
     weights.write(tensors, path, config, init="odd \udcff")
     found, described = weights.read(path)
-    assert same(found, tensors) and described == config
-    with safe_open(path, framework="pt") as file:
-        assert file.metadata() == {"config": json.dumps(config), "init": r"odd \udcff"}
+    assert same(found, tensors) and described == config | {"lineage": {"init": r"odd \udcff"}}
     (tmp_path / "plain").touch()
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
@@ -103,35 +169,10 @@ def test_a_configuration_may_lie_beside(tmp_path):
             weights.read(path)
 
 
-def published(model, names, column):
-    """A model's tensors as a publisher has them: what takes the patches is a convolution there."""
-    state = model.state_dict()
-    if isinstance(model, mae.MAE):
-        p, name = model.config.patch_size, "encoder.patch.weight"
-        kernel = state[name].unflatten(1, (p, p, 3))  # [D, p, p, 3]
-        state[name] = kernel.permute(0, 3, 1, 2)  # [D, 3, p, p]
-    return weights.in_their_names(state, names, column)
-
-
-@pytest.mark.parametrize("kind, names, golden, count", [
-    (mae.MAE, mae.NAMES, VIT, 94), (mlm.MLM, mlm.NAMES, ROBERTA, 58)])
-def test_published_weights_are_read_and_written_back(tmp_path, kind, names, golden, count):
-    """Hugging Face's files to the last bit; facebookresearch's names lead back to the same."""
-    model, path = kind.from_pretrained(golden), tmp_path / "a.safetensors"
-    expected = {name.replace("decoder_encoder.layer", "decoder_layers"): tensor
-                for name, tensor in load_file(golden).items()}
-    assert same(published(model, names, 1), expected) and len(expected) == count
-    for column in range(1, len(names[0])):
-        weights.write(published(model, names, column), path, asdict(model.config))
-        again = kind.from_pretrained(path)
-        assert same(again.state_dict(), model.state_dict()) and again.config == model.config
-
-
-@pytest.mark.parametrize("kind, golden, other", [
-    (mae.MAE, VIT, ROBERTA), (mlm.MLM, ROBERTA, VIT)])
-def test_weights_that_do_not_fit_are_named(tmp_path, kind, golden, other):
+@pytest.mark.parametrize("kind, other", [(mae.MAE, mlm.MLM), (mlm.MLM, mae.MAE)])
+def test_weights_that_do_not_fit_are_named(tmp_path, kind, other):
     """Missing, of another shape, not finite and unexpected ones at once; another kind of model."""
-    tensors, described = weights.read(golden)
+    tensors, described = weights.read(GOLDEN[kind])
     gone, cut, wild = sorted(name for name in tensors if "intermediate.dense.bias" in name)[-3:]
     size = len(tensors.pop(gone))
     tensors |= {cut: tensors[cut][1:], wild: tensors[wild] / 0, "more": torch.ones(2, 3)}
@@ -142,4 +183,4 @@ def test_weights_that_do_not_fit_are_named(tmp_path, kind, golden, other):
     assert set(told) == {f"missing {gone}", f"{cut} is [{size - 1}] for [{size}]",
                          f"{wild} holds NaN or infinite numbers", "unexpected more [2, 3]"}
     with pytest.raises(BadInput, match="no tensor is called .*is this another kind of model"):
-        kind.from_pretrained(other)
+        kind.from_pretrained(GOLDEN[other])
