@@ -99,7 +99,7 @@ def test_every_default_comes_from_the_table():
     model = mae.MAE(mae.Config(image_size=32, patch_size=16, decoder_depth=1, depth=1))
     assert settings.recipe(model) == "paper"  # 7 M parameters in one layer of ViT-B
     config = settings.final(Config(), model, 5994)
-    named = {"data_dir", "init", "out", "predict", "train_size", "teacher"}
+    named = {"data_dir", "export", "init", "out", "predict", "train_size", "teacher"}
     assert {name for name, value in vars(config).items() if value is None} == named
     assert (config.steps, config.batch_size) == (20_000, 64)
     assert (config.lr, config.mask_prob) == (1.5e-4, 0.75)
