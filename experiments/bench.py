@@ -29,12 +29,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import distill
 import finetune
-import mae
-import mlm
 from experiments import repeat
 from experiments.paper import MODELS
 from support import draws, program, settings
 from support.loop import batch
+from support.names import ROBERTA_FIELDS, VIT_FIELDS
 from support.run import Run, read_json, write_json
 from support.texts import Texts
 
@@ -190,7 +189,7 @@ class Peer:
             kind = hub.ViTForImageClassification if tunes else hub.ViTMAEForPreTraining
             about = (hub.ViTConfig if tunes else hub.ViTMAEConfig)(
                 image_size=sizes.image_size, patch_size=sizes.patch_size)
-        for name, theirs in (mlm if text else mae).HUB_FIELDS.items():
+        for name, theirs in (ROBERTA_FIELDS if text else VIT_FIELDS).items():
             setattr(about, theirs, getattr(sizes, name))
         about.num_labels, about.norm_pix_loss, about._attn_implementation = CLASSES, True, "sdpa"
         about.hidden_dropout_prob = self.config.dropout if tunes else sizes.dropout
