@@ -48,7 +48,7 @@ def load(config: Config, model: nn.Module) -> Data:
 
     BadInput for what cannot be found, read or learnt from.
     """
-    name, published = config.dataset, config.dataset in fetch.DATASETS
+    name, published = config.dataset, config.dataset in fetch.datasets()
     root = fetch.dataset(name, config.data_dir) if published else Path(name).absolute()
     read = _pictures if model.modality == "image" else _texts
     try:
@@ -60,7 +60,7 @@ def load(config: Config, model: nn.Module) -> Data:
             raise
         raise BadInput(f"{root} does not hold {name} as it is published ({error}): move it away to "
                        "have it fetched anew") from error
-    note = fetch.DATASETS[name][1] if published else name
+    note = fetch.datasets()[name][1] if published else name
     note += "".join(map(fetch.warn, facts.pop("told")))
     found = {part: found.get(part) for part in ("train", "train_labels", "test", "test_labels")}
     C = len(facts["classes"])

@@ -1,8 +1,10 @@
 """Files: written whole or not at all, downloaded, unpacked; the table of data sets."""
 import contextlib
 import difflib
+import functools
 import hashlib
 import http.client
+import json
 import os
 import shutil
 import tarfile
@@ -150,86 +152,15 @@ def unpack(archive: Path, folder: Path) -> None:
 # ----------------------------------------------------------------------------- official data sets
 
 
-OXFORD = "https://www.robots.ox.ac.uk/~vgg/data/"
-DOGS = "http://vision.stanford.edu/aditya86/ImageNetDogs/"
-GIT = "https://raw.githubusercontent.com/"
-SCIBERT = GIT + "allenai/scibert/06793f77d7278898159ed50da30d173cdc8fdea9/data/text_classification/"
-TWEETS = GIT + "cardiffnlp/tweeteval/4fbd22cd78421f05b1ecdb4fc5725bc7a7bd8f66/datasets/emotion/"
-S3 = "https://allennlp.s3-us-west-2.amazonaws.com/dont_stop_pretraining/data/"
+@functools.cache
+def datasets() -> dict[str, tuple[str, str, list[File]]]:
+    """name: (folder under --data-dir, source and terms, files), as datasets.json has them.
 
-
-def _jsonl(name: str, s3: str, scibert: str, *sums: str) -> list[File]:
-    """train, dev and test of a set that allenai keeps on S3 and, as .txt, in scibert's git.
-
-    The sums are git's; an S3 file that differs is passed over, so that all have the same data.
+    Of mirrors with other bytes the checksum picks one, so that all have the same data.
     """
-    return [File(f"{name}/{split}.jsonl",
-                 [f"{S3}{s3}/{split}.jsonl", f"{SCIBERT}{scibert}/{split}.txt"], checksum)
-            for split, checksum in zip(("train", "dev", "test"), sums)]
-
-
-DATASETS = {  # name: (folder under --data-dir, source and terms, files)
-    "aircraft": ("fgvc-aircraft-2013b", "FGVC-Aircraft (Maji 2013), non-commercial research", [
-        File("fgvc-aircraft-2013b.tar.gz",
-             [OXFORD + "fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz"],
-             "d4acdd33327262359767eeaa97a4f732")]),
-    "cub": ("CUB_200_2011", "Caltech-UCSD Birds-200-2011 (Wah 2011), research", [
-        File("CUB_200_2011.tgz",
-             ["https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz?download=1",
-              "https://s3.amazonaws.com/fast-ai-imageclas/CUB_200_2011.tgz"],
-             "97eceeb196236b17998738112f37df78", 1150585339)]),
-    "chest_xray": ("chest_xray", "Chest X-ray version 2 (Kermany 2018), CC BY 4.0", [
-        File("ChestXRay2017.zip",
-             ["https://data.mendeley.com/public-files/datasets/rscbjbr9sj/files/"
-              "f12eaf6d-6023-432f-acc9-80c9d7393433/file_downloaded"],
-             "13efc055629733dbab07877f8b3c9f81097840dbcdaa326a8542322c2281ce36", 1235512464)]),
-    "dtd": ("dtd", "Describable Textures r1.0.1 (Cimpoi 2014), research", [
-        File("dtd-r1.0.1.tar.gz", [OXFORD + "dtd/download/dtd-r1.0.1.tar.gz"],
-             "e42855a52a4950a3b59612834602aa253914755c95b0cff9ead6d07395f8e205", 625239812)]),
-    "dogs": ("stanford_dogs", "Stanford Dogs (Khosla 2011), pictures of ImageNet, research", [
-        File("images.tar", [DOGS + "images.tar"],
-             "a443fc2f9a851aa1a7b8e4fa4af94b8459fce2c9f5a2f4dd4669cf9673a4ec58", 793579520,
-             "stanford_dogs"),
-        File("lists.tar", [DOGS + "lists.tar"],
-             "34b47cacd9a98b5d150e084f24d29391c084c55272295ec65c85651bc35f4d6c", 481280,
-             "stanford_dogs/lists")]),
-    "flower": ("flowers102", "Oxford Flowers 102 (Nilsback 2008), research", [
-        File("102flowers.tgz", [OXFORD + "flowers/102/102flowers.tgz"],
-             "2d01ecc807db462958cfe3d92f57a8c252b4abd240eb955770201e45f783b246", 344862509,
-             "flowers102"),
-        File("imagelabels.mat", [OXFORD + "flowers/102/imagelabels.mat"],
-             "4903e94206bac23bf772aadf06451916df56b58fc483a62db32a97b82656651d", 502),
-        File("setid.mat", [OXFORD + "flowers/102/setid.mat"],
-             "46b8678f91fd95d3c8f4feab80d271a6c834a1dd896fe29fd3e6ad9ce5c8dccd", 14989)]),
-    "cifar100": ("cifar-100-binary", "CIFAR-100, binary version (Krizhevsky 2009), no terms", [
-        File("cifar-100-binary.tar.gz",
-             ["https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz"],
-             "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec", 168513733)]),
-    "chemprot": ("chemprot", "ChemProt (Kringelum 2016), no terms given", _jsonl(
-        "chemprot", "chemprot", "chemprot",
-        "ab17b85c4fb869b2338d7c9617414e63f3c7225e5005920b18d9cd996f1049d8",
-        "bfe8f39e5146ad4bb16b23707dade850546a305047bc666f6f6824c6a7e3df2f",
-        "372249c85ffea6d9a18dc5168cf45841b3d79b03412d6c620381cfc0dd3d6d49")),
-    "acl_arc": ("acl_arc", "ACL-ARC citation intents (Jurgens 2018), no terms given", _jsonl(
-        "acl_arc", "citation_intent", "citation_intent",
-        "58eef60d2bbfdabefc3de25191714f769db03134523ef67e87d864112c67908c",
-        "bc456ac8caf40829dc2d3a44801a385ad8463c80682cbf002c19329b35812b5f",
-        "749d083cc3141d54a2bf1475c02a5a1c020c664601d55fe2829bdf85f06db4bb")),
-    "scierc": ("scierc", "SciERC relations (Luan 2018), no terms given", _jsonl(
-        "scierc", "sciie", "sciie-relation-extraction",
-        "83d395d97de2c02dcb4898af3c6e34b5f5aa19771298fbc9f69ae435fa1258fb",
-        "9500a8e561f1ce50d972b8473525fe24ebae732bde653c381a4c65945965567a",
-        "be4c06d2b8903783818a5e4cba08c71b954a86f00021907706f66ac3e26c58bd")),
-    "twitter_emotion": ("twitter_emotion", "TweetEval emotion (Barbieri 2020), no terms given", [
-        File(f"twitter_emotion/{name}.txt", [f"{TWEETS}{name}.txt"], checksum)
-        for name, checksum in (
-            ("train_text", "2c62f67aeb3eac1aea0e5a9c3d0f4bc337992581f3f858061786a1fb4d79d95e"),
-            ("train_labels", "987e767d8679e18abdf7de37a6d2bcd0a40a296ddd704e8d515cf0e3033c8d9c"),
-            ("val_text", "e2e30c86b8cbb97944d6543aedc06eace3bb275cb2f381aba787b838b4f23ca5"),
-            ("val_labels", "313730630160b7e0a6b4235b800c76683f4aeeb72d094eb69646630cd5cfe338"),
-            ("test_text", "7e1070f5d3e3fcece5bc73680bff9981e90d8f7b2f1009bfe7a01d059d1c6091"),
-            ("test_labels", "245072348c711961785be6d395997f97cf7fcda3effeae7805664171dc75f913"),
-            ("mapping", "656dea85d149716af96206ca19bec0d94e9dc6de3f5079f5c7c2a241ec76cadb"))])}
+    table = json.loads((ROOT / "support/datasets.json").read_text(encoding="utf-8"))
+    return {name: (about["folder"], about["source"], [File(**file) for file in about["files"]])
+            for name, about in table.items()}
 
 
 def dataset(name: str, data_dir: str | Path) -> Path:
@@ -238,7 +169,7 @@ def dataset(name: str, data_dir: str | Path) -> Path:
     It appears whole or not at all. Files that lie in data_dir are used as they are. Raises BadInput
     saying what to put there.
     """
-    title, source, files = DATASETS[name]
+    title, source, files = datasets()[name]
     data_dir, fetched = Path(os.path.expanduser(data_dir)).absolute(), []
     if (data_dir / title).is_dir():
         return data_dir / title

@@ -174,7 +174,7 @@ PICTURES = {  # name: its files, classes, training greys and labels, test greys 
 @pytest.mark.parametrize("name", PICTURES)
 def test_published_pictures(tmp_path, name):
     files, classes, train, train_labels, test, test_labels = PICTURES[name]
-    root = make(tmp_path / fetch.DATASETS[name][0], files)
+    root = make(tmp_path / fetch.datasets()[name][0], files)
     found = load(name, tmp_path)
     assert (found.name, found.classes, found.metric) == (name, classes, "accuracy")
     assert (values(found.train), found.train_labels.tolist()) == (train, train_labels)
@@ -198,7 +198,7 @@ def test_cifars_planes_are_red_green_blue_and_not_none(tmp_path):
     ("cifar100", {"test.bin": record(200, 7, 7, 7)}),
     ("flower", {"imagelabels.mat": {"labels": np.array([[2, 0, 3, 2]], np.uint8)}})])
 def test_labels_out_of_range_are_refused(tmp_path, name, damage):
-    make(tmp_path / fetch.DATASETS[name][0], PICTURES[name][0] | damage)
+    make(tmp_path / fetch.datasets()[name][0], PICTURES[name][0] | damage)
     for _ in "12":  # from the files and from the cache
         with pytest.raises(BadInput, match=f"{name} has labels from .* classes, which are 0 to"):
             load(name, tmp_path)
@@ -440,7 +440,7 @@ def test_plain_inputs_to_predict(tmp_path):
     ("chemprot", 4169, 3469, 13), ("acl_arc", 1688, 139, 6), ("scierc", 3219, 974, 7),
     ("twitter_emotion", 3257, 1421, 4)])
 def test_real_data(tmp_path, name, train, test, classes):
-    folder = fetch.DATASETS[name][0]
+    folder = fetch.datasets()[name][0]
     (tmp_path / folder).symlink_to(Path(os.environ["REAL_DATA"]).resolve() / folder)
     found = load(name, tmp_path, 16)
     assert (len(found.train), len(found.test), len(found.classes)) == (train, test, classes)

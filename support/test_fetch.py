@@ -131,11 +131,11 @@ def test_archives_stay_inside(tmp_path, name, kind, aim):
 
 def moved(monkeypatch, url, name, content=b"x"):
     """The files of a data set at another address, as if each had this content."""
-    folder, source, files = fetch.DATASETS[name]
+    folder, source, files = fetch.datasets()[name]
     checksum = hashlib.sha256(content).hexdigest()
     files = [file._replace(urls=[f"{url}/{file.name}"], size=None, checksum=checksum)
              for file in files]
-    monkeypatch.setitem(fetch.DATASETS, name, (folder, source, files))
+    monkeypatch.setitem(fetch.datasets(), name, (folder, source, files))
     return files
 
 
@@ -165,7 +165,7 @@ def test_dataset_is_put_together_once_and_whole(server, tmp_path, monkeypatch):
     assert len(server.asked) == 2  # nothing the last time
 
 
-@pytest.mark.parametrize("name", fetch.DATASETS)
+@pytest.mark.parametrize("name", fetch.datasets())
 def test_dataset_offline_says_what_to_put_where(tmp_path, monkeypatch, name):
     files = moved(monkeypatch, "http://127.0.0.1:9", name)  # where nothing listens
     with pytest.raises(BadInput, match="python distill.py") as error:

@@ -102,7 +102,7 @@ def files(name: str, root: Path) -> list[Path]:
     if name == "twitter_emotion":
         return [root / f"{split}_{kind}.txt" for split in ("train", "val", "test")
                 for kind in ("text", "labels")] + [root / "mapping.txt"]
-    if name in fetch.DATASETS:
+    if name in fetch.datasets():
         return [root / f"{split}.jsonl" for split in ("train", "dev", "test")]
     found = [root] if root.is_file() else sorted(root.glob("*.jsonl"))
     if len(found) != 1 and not any(file.stem == "train" for file in found):
