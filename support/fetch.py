@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, downloaded, unpacked; the table of data sets."""
+"""Files: written whole or not at all, listed, downloaded, unpacked."""
 import contextlib
 import difflib
 import functools
@@ -72,39 +72,83 @@ def digest(path: Path, kind: str = "sha256") -> str:
             file, lambda: hashlib.new(kind, usedforsecurity=False)).hexdigest()
 
 
+# ----------------------------------------------------------------------------- what a folder holds
+
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test",
+          "unlabelled": "unlabelled", "unlabeled": "unlabelled"} | dict.fromkeys(
+    ("val", "valid", "validation", "dev", "eval"), "val")
+
+
+class Lists(NamedTuple):
+    """A data set before it is decoded: examples as (source, class), the class None without one."""
+
+    classes: list[str]
+    train: list[tuple]
+    test: list[tuple] = ()
+    unlabelled: list[tuple] = ()
+    told: list[str] = ()  # what the user has to know of it
+
+
+def shown(name: str) -> bool:
+    """Whether a file or folder is meant to be seen; macOS's __MACOSX in a .zip is not."""
+    return not name.startswith(".") and name != "__MACOSX"
+
+
+def files(root: Path) -> list[Path]:
+    """A file, or all files below a folder in an order that no system changes, but hidden ones.
+
+    BadInput for a link that leads nowhere.
+    """
+    found = [root] if root.is_file() else []
+    for at, folders, names in os.walk(root):
+        folders[:] = filter(shown, folders)
+        found += [Path(at, name) for name in filter(shown, names)]
+    if lost := [path for path in found if not path.exists()]:
+        raise BadInput(f"{lost[0]} is a link to what is not there: mend or remove it")
+    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+
+
+def splits(paths: list[Path]) -> dict[str, Path]:
+    """Which of the paths are train, test and unlabelled, by name; val is test without another.
+
+    BadInput where two are the same, or some are given but not train.
+    """
+    found = {}
+    for path in paths:
+        if (split := SPLITS.get(path.stem.lower())) in found:
+            raise BadInput(f"{path} is beside {found[split].name}, the same split: leave one")
+        if split:
+            found[split] = path
+    if found and "train" not in found:
+        raise BadInput(f"{next(iter(found.values()))} has no train beside it: add one, or name "
+                       "with --dataset what is to be learnt from")
+    val = found.pop("val", None)
+    return ({"test": val} if val else {}) | found
+
+
 # ----------------------------------------------------------------------------- downloads
 
 
-class File(NamedTuple):
-    """A file of a data set; `name` is where under --data-dir one may put it by hand."""
+def download(file: dict, path: Path) -> Path:
+    """Fetch a file from the first of its urls that delivers it, under the name `path`.
 
-    name: str
-    urls: list[str]
-    checksum: str  # md5 (32 digits) or sha256 (64)
-    size: int | None = None
-    into: str = ""  # the folder for an archive that does not bring the data set's own
-
-
-def download(file: File, path: Path) -> Path:
-    """Fetch a file from the first of its mirrors that delivers it, under the name `path`.
-
-    What breaks off is resumed as long as more comes, also by a later call or from the next mirror.
-    Raises BadInput with each mirror's reason.
+    Its checksum is an md5 or a sha256. What breaks off is resumed as long as more comes, also by a
+    later call or from the next mirror. Raises BadInput with each mirror's reason.
     """
-    part, reasons = path.with_name(f"{path.name}.part"), []
-    kind = "md5" if len(file.checksum) == 32 else "sha256"
-    for url in file.urls:
+    part, wanted, reasons = path.with_name(f"{path.name}.part"), file["checksum"], []
+    kind = "md5" if len(wanted) == 32 else "sha256"
+    for url in file["urls"]:
         before = -1
         while before < (have := part.stat().st_size if part.exists() else 0):
             before = have
             try:
-                _append(url, part, have, file.size)
+                _append(url, part, have, file.get("size"))
                 found = digest(part, kind)
-                if found == file.checksum:
+                if found == wanted:
                     os.replace(part, path)
                     return path
                 part.unlink()
-                reason = f"what came, now removed, has the {kind} {found}, expected {file.checksum}"
+                reason = f"what came, now removed, has the {kind} {found}, expected {wanted}"
             except (OSError, http.client.HTTPException) as error:
                 reason = brief(error)
         reasons.append(f"{url}: {reason}")
@@ -153,14 +197,12 @@ def unpack(archive: Path, folder: Path) -> None:
 
 
 @functools.cache
-def datasets() -> dict[str, tuple[str, str, list[File]]]:
-    """name: (folder under --data-dir, source and terms, files), as datasets.json has them.
+def datasets() -> dict[str, dict]:
+    """name: its folder under --data-dir, its source with the terms, and its files, as `download`s.
 
-    Of mirrors with other bytes the checksum picks one, so that all have the same data.
+    `into` is the folder for an archive that does not bring the data set's own.
     """
-    table = json.loads((ROOT / "support/datasets.json").read_text(encoding="utf-8"))
-    return {name: (about["folder"], about["source"], [File(**file) for file in about["files"]])
-            for name, about in table.items()}
+    return json.loads((ROOT / "support/datasets.json").read_text(encoding="utf-8"))
 
 
 def dataset(name: str, data_dir: str | Path) -> Path:
@@ -169,7 +211,7 @@ def dataset(name: str, data_dir: str | Path) -> Path:
     It appears whole or not at all. Files that lie in data_dir are used as they are. Raises BadInput
     saying what to put there.
     """
-    title, source, files = datasets()[name]
+    title, source, wanted = datasets()[name].values()
     data_dir, fetched = Path(os.path.expanduser(data_dir)).absolute(), []
     if (data_dir / title).is_dir():
         return data_dir / title
@@ -177,13 +219,14 @@ def dataset(name: str, data_dir: str | Path) -> Path:
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"{title}-", suffix=".part", dir=data_dir) as work:
-            for file in files:
-                here, target = data_dir / file.name, Path(work) / title / Path(file.name).name
-                if file.name.endswith((".tgz", ".gz", ".tar", ".zip")):
+            for file in wanted:
+                here = data_dir / file["name"]
+                if here.name.endswith((".tgz", ".gz", ".tar", ".zip")):
                     if not here.exists():  # it stays for a later call to resume
                         fetched.append(download(file, here))
-                    unpack(here, Path(work) / file.into)
+                    unpack(here, Path(work) / file.get("into", ""))
                     continue
+                target = Path(work) / title / here.name
                 target.parent.mkdir(exist_ok=True)
                 if here.exists():
                     shutil.copyfile(here, target)
@@ -191,7 +234,7 @@ def dataset(name: str, data_dir: str | Path) -> Path:
                     download(file, target)
             os.replace(Path(work) / title, data_dir / title)
     except (BadInput, OSError) as error:
-        by_hand = ", ".join(f"{file.name} from {file.urls[0]}" for file in files)
+        by_hand = ", ".join(f"{file['name']} from {file['urls'][0]}" for file in wanted)
         raise BadInput(f"{name}: {error}; put {by_hand} into {data_dir}, or give another "
                        "--data-dir, and run the same command again; what works offline is "
                        "`python distill.py`") from error
