@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -32,8 +33,8 @@ class Data:
     """One data set, as the models take it.
 
     train, test, unlabelled: uint8 pixels [N, 3, S, S], `images.Small` or `texts.Texts`; labels:
-    Long[N], None where unlabelled. metric: how §5 scores it. fingerprint: hash of the content.
-    note: where it came from, one line.
+    Long[N], None without. metric: how §5 scores it. fingerprint: hash of the content. note: where
+    it came from, one line.
     """
 
     name: str
@@ -54,12 +55,12 @@ class Data:
 
     @property
     def n_unlabelled(self) -> int:
-        """How many examples have no label by design, beside those of the training split."""
+        """How many examples D_u has beside those of the training split."""
         return 0 if self.unlabelled is None else len(self.unlabelled)
 
     @cached_property
     def pool(self) -> Examples:
-        """D_u: the training examples without their labels, then the unlabelled ones."""
+        """D_u, the training examples and the unlabelled ones."""
         a, b = self.train, self.unlabelled
         if b is None or torch.is_tensor(a):
             return a if b is None else torch.cat([a, b])
@@ -71,10 +72,7 @@ class Data:
 
 
 def look(config: Config) -> Lists:
-    """What the data set that --dataset names holds, cut to --train-size or --smoke.
-
-    It is downloaded where it is absent. BadInput for what cannot be found, read or learnt from.
-    """
+    """What --dataset holds, cut to --train-size or --smoke; BadInput if that is no data set."""
     name, published = config.dataset, config.dataset in fetch.datasets()
     root = fetch.dataset(name, config.data_dir) if published else Path(name).absolute()
     read = partial(READERS[name], root) if name in READERS else partial(_own, config, root)
@@ -83,7 +81,8 @@ def look(config: Config) -> Lists:
             config, (sys.version,), [], lambda: ({}, read()._asdict()))[1])
         if published and not (found.train and found.test):
             raise ValueError("a split is empty")
-        _labels(found, "train"), _labels(found, "test")  # are all of the classes'
+        for split in ("train", "test"):
+            _labels(found, split)  # complains
     except Exception as error:  # lists, .mat and binary files fail in as many ways
         if not published or isinstance(error, MemoryError):
             raise
@@ -105,6 +104,8 @@ def _own(config: Config, root: Path) -> Lists:
         parts = {split: path for split, path in parts.items() if path.stem == split}
     train, test, free = (kind.rows(parts[split], *keys) if split in parts else []
                          for split in SPLITS)
+    others = Counter(path.suffix.lower() or path.name for path in fetch.files(root))
+    unused += [f"{count} {name}" for name, count in others.items() if name not in kind.SUFFIXES]
     told = [f"not used: {', '.join(unused)}"] if unused else []
     classes = sorted({label for _, label in train} - {None})
     if kind is texts and not classes:
@@ -112,11 +113,8 @@ def _own(config: Config, root: Path) -> Lists:
         told.append(f"no labels (--label-key): {parts['train'].name} has {', '.join(record)}")
     if classes and not test and not published:
         told.append("no test split: a fifth of each class, by a hash of the content, is held out")
-        if kind is texts:
-            train, test = texts.divide(train, 0.8)
-        else:
-            index, _ = cached(config, (), train, lambda: (images.held_out(train), {}))
-            train, test = ([train[i] for i in index[split]] for split in ("train", "test"))
+        _, index = cached(config, (), train, lambda: ({}, kind.held_out(train)))
+        train, test = ([train[i] for i in index[split]] for split in ("train", "test"))
         if not test:
             raise BadInput(f"{parts['train']} has too few of each class to hold a fifth out: add "
                            "more, or have test beside train")
@@ -175,10 +173,7 @@ def balanced(labels: Tensor | None, examples: int, size: int, draws: torch.Gener
 
 
 def load(config: Config, model: nn.Module, found: Lists | None = None) -> Data:
-    """The data set that --dataset names, as the model takes it; found: what `look` has seen of it.
-
-    BadInput for what cannot be found, read or learnt from.
-    """
+    """The data set as the model takes it; BadInput if unreadable. found: what `look` has seen."""
     found, name, metric = found or look(config), config.dataset, "accuracy"
     if model.modality == "text":
         metric = "micro_f1" if name == "chemprot" else "macro_f1"
@@ -251,8 +246,9 @@ def cached(config: Config, depends: tuple, rows: list[tuple], make: Callable[[],
     """
     code = [fetch.digest(fetch.ROOT / f"support/{file}.py")  # other code, another cache
             for file in ("data", "fetch", "images", "texts", "toybirds")]
-    key = texts.digest(*code, ascii((depends, [(_state(source), label) for source, label in rows])))
-    name = f"{Path(config.dataset).stem[:50]}-{key[:16]}.safetensors"
+    key = ascii((code, depends, [(_state(source), label) for source, label in rows]))
+    key = hashlib.sha256(key.encode()).hexdigest()[:16]
+    name = f"{Path(config.dataset).stem[:50]}-{key}.safetensors"
     home = os.path.expanduser("~/.cache/self-distillation")  # Path's own raises where none is known
     folders = Path(config.data_dir) / "cache", Path(home)
     for folder in folders:

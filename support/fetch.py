@@ -95,24 +95,20 @@ def shown(name: str) -> bool:
 
 
 def files(root: Path) -> list[Path]:
-    """A file, or all files below a folder in an order that no system changes, but hidden ones.
-
-    BadInput for a link that leads nowhere.
-    """
-    found = [root] if root.is_file() else []
-    for at, folders, names in os.walk(root):
-        folders[:] = filter(shown, folders)
-        found += [Path(at, name) for name in filter(shown, names)]
+    """A file, or all below a folder, in one order everywhere; BadInput for a link to nothing."""
+    found, seen = [root] if root.is_file() else [], set()
+    for at, folders, names in os.walk(root, followlinks=True):
+        new = os.path.realpath(at) not in seen  # links may lead round in circles
+        seen.add(os.path.realpath(at))
+        folders[:] = filter(shown, folders) if new else ()
+        found += [Path(at, name) for name in names if shown(name) and new]
     if lost := [path for path in found if not path.exists()]:
         raise BadInput(f"{lost[0]} is a link to what is not there: mend or remove it")
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
 def splits(paths: list[Path]) -> dict[str, Path]:
-    """Which of the paths are train, test and unlabelled, by name; val is test without another.
-
-    BadInput where two are the same, or some are given but not train.
-    """
+    """The train, test (val without one) and unlabelled among the paths; BadInput if unclear."""
     found = {}
     for path in paths:
         if (split := SPLITS.get(path.stem.lower())) in found:
@@ -198,10 +194,7 @@ def unpack(archive: Path, folder: Path) -> None:
 
 @functools.cache
 def datasets() -> dict[str, dict]:
-    """name: its folder under --data-dir, its source with the terms, and its files, as `download`s.
-
-    `into` is the folder for an archive that does not bring the data set's own.
-    """
+    """name: folder under --data-dir, source with its terms, and files, of datasets.json."""
     return json.loads((ROOT / "support/datasets.json").read_text(encoding="utf-8"))
 
 
@@ -224,7 +217,7 @@ def dataset(name: str, data_dir: str | Path) -> Path:
                 if here.name.endswith((".tgz", ".gz", ".tar", ".zip")):
                     if not here.exists():  # it stays for a later call to resume
                         fetched.append(download(file, here))
-                    unpack(here, Path(work) / file.get("into", ""))
+                    unpack(here, Path(work) / file.get("into", ""))  # most bring their folder
                     continue
                 target = Path(work) / title / here.name
                 target.parent.mkdir(exist_ok=True)

@@ -5,7 +5,6 @@ Letters: N pictures, S side in pixels.
 import contextlib
 import itertools
 import warnings
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,9 +44,9 @@ def denormalise(pictures: Tensor) -> Tensor:
 
 
 def decode(source: str | Path | np.ndarray | Image.Image, side: int) -> np.ndarray:
-    """A file, a record of CIFAR uint8 [3072] or PIL's picture as uint8 [3, side, side].
+    """A file, CIFAR's record [3072] or PIL's picture as uint8 [3, side, side]; BadInput if broken.
 
-    As the authors do, it is squashed to a square (bilinear). BadInput if broken or too large.
+    As the authors do, the picture is squashed to a square (bilinear).
     """
     if isinstance(source, np.ndarray):
         source = Image.fromarray(source.reshape(3, 32, 32).transpose(1, 2, 0))
@@ -95,7 +94,7 @@ def decode_all(sources: list, side: int, title: str = "pictures") -> Tensor:
 
 
 class Small:
-    """Pictures smaller than a model takes them, resized a batch at a time; not to Pillow's bits."""
+    """Pictures smaller than a model takes them: a batch is made larger, not to Pillow's bits."""
 
     def __init__(self, pixels: Tensor, side: int) -> None:
         self.pixels, self.side = pixels, side  # uint8 [N, 3, S, S]
@@ -105,7 +104,11 @@ class Small:
 
     def __getitem__(self, index: Tensor) -> Tensor:
         """The pictures at index [B], uint8 [B, 3, side, side]."""
-        x = F.interpolate(self.pixels[index].float(), size=self.side, mode="bilinear")
+        return self.enlarged(self.pixels[index])
+
+    def enlarged(self, pixels: Tensor) -> Tensor:
+        """uint8 [B, 3, side, side] of [B, 3, S, S], bilinear, on the device where these are."""
+        x = F.interpolate(pixels.float(), size=self.side, mode="bilinear")
         return x.round_().to(torch.uint8)  # [B, 3, side, side]
 
 
@@ -140,9 +143,7 @@ def parts(root: Path) -> tuple[dict[str, Path], list[str]]:
         raise BadInput(f"{root} holds {others[0]} beside {splits[0].name}: is that a class? Then "
                        f"put all into {root / 'train'}. A split? Then put {others[0]} into one")
     found = fetch.splits(splits) or {"train": root}
-    kinds = Counter(path.suffix.lower() or path.name for path in fetch.files(root))
-    return found, [path.name for path in splits if path not in found.values()] + [
-        f"{count} {kind}" for kind, count in kinds.items() if kind not in SUFFIXES]
+    return found, [path.name for path in splits if path not in found.values()]
 
 
 def rows(folder: Path) -> Rows:
@@ -152,13 +153,14 @@ def rows(folder: Path) -> Rows:
     if flat and len(flat) < len(found):
         raise BadInput(f"{folder} holds pictures ({flat[0]}) beside folders of pictures: have all "
                        "in folders, one a class, or none")
-    for path in () if flat else _folders(folder):
-        pictures(path)  # says so where there are none
     rows = [(path, None if flat else path.relative_to(folder).parts[0]) for path in found]
+    empty = {path.name for path in _folders(folder)} - {label for _, label in rows}
+    if empty and not flat:
+        raise BadInput(f"{folder / min(empty)} holds no pictures: add some or remove it")
     return sorted(rows, key=lambda row: row[1] or "")
 
 
-def held_out(rows: Rows) -> dict[str, Tensor]:
+def held_out(rows: Rows) -> dict[str, list[int]]:
     """Indices of train and test: a fifth of each class, chosen by a hash of the content."""
     found, order = {"train": [], "test": []}, {}
     for i, (path, label) in enumerate(rows):
@@ -168,7 +170,7 @@ def held_out(rows: Rows) -> dict[str, Tensor]:
         count = max(1, round(len(index) / 5)) if len(index) > 1 else 0
         found["test"] += index[:count]
         found["train"] += index[count:]
-    return {split: torch.tensor(index) for split, index in found.items()}
+    return found
 
 
 # ----------------------------------------------------------------------------- published data sets

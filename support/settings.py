@@ -242,12 +242,12 @@ def recipe(model: nn.Module) -> str:
     return "small" if size < SMALL else "paper"
 
 
-def final(config: Config, model: nn.Module, examples: int, pool: int | None = None) -> Config:
+def final(config: Config, model: nn.Module, examples: int, unlabelled: int = 0) -> Config:
     """The settings with every None replaced by `DEFAULTS` for this model and number of examples.
 
-    pool: how many D_u has, where these are more. Text's epochs become epochs × ⌈N/B⌉ steps. What is
-    set stays, so doing it twice changes nothing. BadInput for a variant that the modality does not
-    have, and for batches that cannot be.
+    unlabelled: how many more D_u has. Text's epochs become epochs × ⌈N/B⌉ steps. What is set stays,
+    so doing it twice changes nothing. BadInput for a variant that the modality does not have, and
+    for batches that cannot be.
     """
     if config.as_released and model.modality == "text":
         raise BadInput("as_released is for images: the authors released no text code")
@@ -256,7 +256,7 @@ def final(config: Config, model: nn.Module, examples: int, pool: int | None = No
         raise BadInput(f"masking {config.masking} is not for {model.modality}s: use bernoulli or "
                        f"{ {'image': 'fixed', 'text': '80-10-10'}[model.modality] }")
     found = dict(DEFAULTS[model.modality, recipe(model)]) | (SMOKE if config.smoke else {})
-    for stage, N in (("", pool or examples), ("finetune_", examples)):
+    for stage, N in (("", examples + unlabelled), ("finetune_", examples)):
         size = min(found[f"{stage}batch_size"], N)
         epochs = found.pop(f"{stage}epochs", None)
         found[f"{stage}batch_size"] = size
@@ -270,14 +270,14 @@ def final(config: Config, model: nn.Module, examples: int, pool: int | None = No
         config = replace(config, recadam_cof=0.5 / config.finetune_lr)
     if config.recadam_t0 is None:
         config = replace(config, recadam_t0=max(1, config.finetune_steps // 40))
-    _check_batches(config, examples, pool or examples)
+    _check_batches(config, examples, unlabelled)
     return config
 
 
-def _check_batches(config: Config, examples: int, pool: int) -> None:
+def _check_batches(config: Config, examples: int, unlabelled: int) -> None:
     """BadInput where a batch is larger than the data or smaller than its parts."""
     parts = config.accumulate * parallel.world()
-    for name, N in (("batch_size", pool), ("finetune_batch_size", examples)):
+    for name, N in (("batch_size", examples + unlabelled), ("finetune_batch_size", examples)):
         size = getattr(config, name)
         if size > N and size != SMOKE[name]:
             raise BadInput(f"{name} is {size}, but there are {N} training examples: use at most as "

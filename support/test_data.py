@@ -315,8 +315,9 @@ def test_pictures_are_decoded_once(tmp_path, monkeypatch):
 
 def test_the_cache_is_made_anew_or_elsewhere_or_not_at_all(tmp_path, monkeypatch):
     root, (home, closed) = greys(tmp_path / "set", train=5), (tmp_path / "home", tmp_path / "file")
-    (file,) = [load(root, tmp_path) and path for path in (tmp_path / "cache").iterdir()]
-    file.unlink()
+    load(root, tmp_path)
+    (file,) = (tmp_path / "cache").iterdir()
+    file.unlink()  # the old one may still be mapped
     file.write_bytes(b"noise")
     assert values(load(root, tmp_path).train) == [0, 1, 2, 3, 4] and file.stat().st_size > 900
     closed.write_text("a file, which can hold no folder")
@@ -387,24 +388,25 @@ def test_texts_batch_like_padding_by_hand():
 
 
 def test_texts_are_cut_cached_and_free_of_their_folder(tmp_path, monkeypatch):
-    long = [("o x " * n, "ab"[n % 2]) for n in (1, 2, 30, 31)]
-    make(tmp_path / "A/scierc", {"train.jsonl": jsonl(*long), "dev.jsonl": jsonl(("x", "a")),
-                                 "test.jsonl": jsonl(("a <mask> b", "a"), ("o x ", "b"))})
+    for folder in "AB":
+        make(tmp_path / folder / "scierc", {
+            "train.jsonl": jsonl(*[("o x " * n, "ab"[n % 2]) for n in (1, 2, 30, 31)]),
+            "dev.jsonl": "x", "test.jsonl": jsonl(("a <mask> b", "a"), ("o x ", "b"))})
     first = load("scierc", tmp_path / "A", 20)
     ids = first.train[torch.arange(4)]
     assert ids.shape == (4, 20) and ids[:, 0].eq(0).all() and ids[2:, 19].eq(2).all()
     assert first.train_labels.tolist() == [1, 0, 0, 1] and first.metric == "macro_f1"
     assert words(first.test)[0] == "a <mask> b"  # its letters, not the token
-    for told in ("not used: dev.jsonl", "longer than 20 tokens and cut: 2 of 4 train",
+    for told in ("not used: dev.jsonl", "longer than 20 tokens and cut: 2 of 4 train texts",
                  "also to be learnt from: 1 of 2 test examples"):
         assert told in first.note
-    shutil.copytree(tmp_path / "A", tmp_path / "B")
+    shutil.copytree(tmp_path / "A/cache", tmp_path / "B/cache")
     with monkeypatch.context() as patch:
         patch.setattr(texts, "tokenise", None)
         again = load("scierc", tmp_path / "B", 20)
     assert torch.equal(again.train.ids, first.train.ids)
     assert (again.fingerprint, again.note) == (first.fingerprint, first.note)
-    make(tmp_path / "B/scierc", {"train.jsonl": jsonl(*long[:3])})
+    make(tmp_path / "B/scierc", {"train.jsonl": jsonl(("o x", "a"), ("y", "b"))})
     assert load("scierc", tmp_path / "B", 20).fingerprint != first.fingerprint
     with pytest.raises(BadInput, match="no tokenizer.json beside them"):
         load("scierc", tmp_path / "B", 20, None)
@@ -417,8 +419,8 @@ def test_one_file_is_divided_and_equal_texts_stay_together(tmp_path):
     assert (len(found.train), len(found.test), found.classes) == (96, 24, ["x", "y", "z"])
     assert not train & test and train | test == {text for text, _ in rows}
     assert found.test_labels.bincount().tolist() == [8, 8, 8]
-    kept, held_out = texts.divide([(str(i), "x") for i in range(100, 200)], 0.8)
-    assert max(kept) > min(held_out)  # by a hash, not by the alphabet
+    index = texts.held_out([(str(i), "x") for i in range(100, 200)])
+    assert max(index["train"]) > min(index["test"])  # by a hash, not by the alphabet
 
 
 @pytest.mark.parametrize("name, content, labels", [
@@ -493,43 +495,35 @@ def test_toybirds_are_always_the_same_and_siblings_differ():
     for i, one in enumerate(kinds):
         for other in kinds[i // 4 * 4:i]:  # of one family
             assert one[7:] == other[7:] and sum(a != b for a, b in zip(one, other)) >= 2
-    pixels, labels = toybirds.toybirds("test", 2, 24)
+    (pixels, labels), (train, _) = (toybirds.toybirds(split, 2, 24) for split in ("test", "train"))
     assert pixels.shape == (40, 3, 24, 24) and labels.tolist() == [i // 2 for i in range(40)]
     assert torch.equal(pixels, toybirds.toybirds("test", 2, 24)[0])
-    more = torch.cat([pixels, toybirds.toybirds("train", 2, 24)[0]])
-    assert len(more.flatten(1).unique(dim=0)) == 80
+    assert len(torch.cat([pixels, train]).flatten(1).unique(dim=0)) == 80
 
 
-def test_balanced_takes_classes_alike():
-    labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 5)
-    chosen = data.balanced(labels, 85, 33, generator(0))
-    assert labels[chosen].bincount().tolist() == [14, 14, 5] and chosen.diff().gt(0).all()
-    assert torch.equal(chosen, data.balanced(labels, 85, 33, generator(0)))
-    assert not torch.equal(chosen, data.balanced(labels, 85, 33, generator(1)))
-    assert data.balanced(None, 85, 33, generator(0)).unique().numel() == 33
-    with pytest.raises(BadInput, match="--train-size 2 is less than the 3 classes"):
-        data.balanced(labels, 85, 2, generator(0))
-
-
-def test_load_cuts_pictures_with_their_labels_before_it_decodes(tmp_path):
+def test_load_cuts_classes_alike_before_it_decodes(tmp_path):
     root = greys(tmp_path / "set", train_a=19, train_b=70, test_a=19, test_b=70)
-    full, few, prints = load(root, tmp_path), dict(train_size=12), set()
-    for flags, sizes in (({}, (89, 89)), (few, (12, 89)), (few | dict(seed=1), (12, 89)),
-                         (dict(smoke=True), (80, 64))):
+    full, prints = load(root, tmp_path), set()
+    for flags, sizes in (
+            ({}, [19, 70, 89]), (dict(train_size=45), [19, 26, 89]),
+            (dict(train_size=12), [6, 6, 89]), (dict(train_size=12, seed=1), [6, 6, 89]),
+            (dict(smoke=True), [19, 61, 64])):
         found = load(root, tmp_path, **flags)
-        assert sizes == (len(found.train), len(found.test))
+        assert found.train_labels.bincount().tolist() + [len(found.test)] == sizes
         assert found.train_labels.tolist() == [grey >= 20 for grey in values(found.train)]
         assert found.test_labels.tolist() == [grey >= 60 for grey in values(found.test)]
         prints.add(found.fingerprint)
-    assert len(prints) == 4
-    with pytest.raises(BadInput, match="--train-size is 90, but .* has 89 training examples"):
-        load(root, tmp_path, train_size=90)
-    index = data.balanced(full.train_labels, 89, 12, generator(2, "subset"))
-    chosen = full.train[index].clone()
+    assert len(prints) == 5
+    for size, said in ((90, "is 90, but .* has 89 training"), (1, "1 is less than the 2 classes")):
+        with pytest.raises(BadInput, match=f"--train-size {said}"):
+            load(root, tmp_path, train_size=size)
+    assert len(load(root / "train/a", tmp_path, train_size=7).train) == 7  # without labels
+    chosen = data.balanced(full.train_labels, 89, 12, generator(2, "subset"))
+    expected = full.train[chosen].clone()
     for i, (path, _) in enumerate(images.rows(root / "train")):
-        if i not in index:
+        if i not in chosen:
             path.write_bytes(b"no picture")
-    assert torch.equal(load(root, tmp_path, **few, seed=2).train, chosen)
+    assert torch.equal(load(root, tmp_path, train_size=12, seed=2).train, expected)
 
 
 def test_plain_inputs_to_predict(tmp_path):

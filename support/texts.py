@@ -93,19 +93,10 @@ def holds(path: Path) -> bool:
     """Whether a path is of texts: such a file, or a folder of them without pictures or folders."""
     if not path.is_dir():
         return path.suffix.lower() in SUFFIXES
-    kinds = {"folder" if file.is_dir() else file.suffix.lower()
-             for file in path.iterdir() if fetch.shown(file.name)}
-    return not kinds.isdisjoint(SUFFIXES) and kinds.isdisjoint((*PICTURES, "folder"))
-
-
-def digest(*parts: str | bytes) -> str:
-    """One hex digest of several strings; lengths keep ("ab", "c") and ("a", "bc") apart."""
-    total = hashlib.sha256()
-    for part in parts:
-        # a file name may be any bytes, which Python has as half surrogate pairs
-        part = part.encode(errors="surrogatepass") if isinstance(part, str) else part
-        total.update(len(part).to_bytes(8, "little") + part)
-    return total.hexdigest()
+    found = [file for file in path.iterdir() if fetch.shown(file.name)]
+    kinds = {file.suffix.lower() for file in found}
+    return not kinds.isdisjoint(SUFFIXES) and kinds.isdisjoint(PICTURES) and not any(
+        map(Path.is_dir, found))
 
 
 def lines(path: Path) -> list[str]:
@@ -185,14 +176,21 @@ def _tweets(root: Path) -> Lists:
     return Lists(list(names.values()), split("train"), split("test"))
 
 
-def divide(rows: Rows, share: float) -> tuple[Rows, Rows]:
-    """Two parts by a hash of the text: equal texts together, every class in the first."""
+def held_out(rows: Rows, share: float = 0.8) -> dict[str, list[int]]:
+    """Indices of train, with a share of each class, and test, by a hash; equal texts together."""
+    def place(text: str) -> bytes:
+        content = text.encode()
+        return hashlib.sha256(len(content).to_bytes(8, "little") + content).digest()
+
     label_of = dict(reversed(rows))  # of equal texts the first one's label
     train = set()
     for wanted in sorted(set(label_of.values())):
-        of_class = sorted((text for text, label in label_of.items() if label == wanted), key=digest)
+        of_class = sorted((text for text, label in label_of.items() if label == wanted), key=place)
         train |= set(of_class[:math.ceil(share * len(of_class))])
-    return [row for row in rows if row[0] in train], [row for row in rows if row[0] not in train]
+    found = {"train": [], "test": []}
+    for i, (text, _) in enumerate(rows):
+        found["train" if text in train else "test"].append(i)
+    return found
 
 
 # ----------------------------------------------------------------------------- pydocs
@@ -236,7 +234,9 @@ def _pydocs(_: Path) -> Lists:
                 rows.setdefault(" ".join(words), label)
     if not rows:
         raise BadInput(f"this Python has no sources in {stdlib()}: choose another --dataset")
-    return Lists(sorted(PYDOCS), *divide(list(rows.items()), 0.7))
+    rows = list(rows.items())
+    train, test = ([rows[i] for i in index] for index in held_out(rows, 0.7).values())
+    return Lists(sorted(PYDOCS), train, test)
 
 
 READERS = {"twitter_emotion": _tweets, "pydocs": _pydocs}  # the others are as one's own are
