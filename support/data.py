@@ -72,7 +72,7 @@ class Data:
 
 
 def look(config: Config) -> Lists:
-    """What --dataset holds, cut to --train-size or --smoke; BadInput if that is no data set."""
+    """What --dataset holds, cut to size; BadInput for what cannot be found or learnt from."""
     name, published = config.dataset, config.dataset in fetch.datasets()
     root = fetch.dataset(name, config.data_dir) if published else Path(name).absolute()
     read = partial(READERS[name], root) if name in READERS else partial(_own, config, root)
@@ -82,7 +82,7 @@ def look(config: Config) -> Lists:
         if published and not (found.train and found.test):
             raise ValueError("a split is empty")
         for split in ("train", "test"):
-            _labels(found, split)  # complains
+            _labels(found, split)  # are all of the classes'?
     except Exception as error:  # lists, .mat and binary files fail in as many ways
         if not published or isinstance(error, MemoryError):
             raise
@@ -127,7 +127,7 @@ def _labels(found: Lists, split: str) -> Tensor | None:
     labels = [label for _, label in getattr(found, split)]
     if alien := [label for label in labels if label not in number]:
         raise BadInput(f"the {split} split has the label {alien[0]!r}, but the classes are "
-                       f"{', '.join(found.classes) or 'none'}")
+                       f"{', '.join(found.classes) or 'none'}: have the same in all")
     return torch.tensor([number[label] for label in labels]) if found.classes and labels else None
 
 
@@ -173,7 +173,7 @@ def balanced(labels: Tensor | None, examples: int, size: int, draws: torch.Gener
 
 
 def load(config: Config, model: nn.Module, found: Lists | None = None) -> Data:
-    """The data set as the model takes it; BadInput if unreadable. found: what `look` has seen."""
+    """What --dataset holds, or `look` has found, as the model takes it; BadInput if unreadable."""
     found, name, metric = found or look(config), config.dataset, "accuracy"
     if model.modality == "text":
         metric = "micro_f1" if name == "chemprot" else "macro_f1"
@@ -220,7 +220,7 @@ def _decoded(config: Config, model: nn.Module, found: Lists, split: str) -> tupl
 
     depends = (model.tokenizer.to_str(), sizes.max_length) if text else (
         PIL.__version__, sizes.image_size)
-    tensors, facts = cached(config, (split, *depends), rows, make)
+    tensors, facts = cached(config, (split, found.classes, *depends), rows, make)
     x = tensors["x"]
     if text:
         x = texts.Texts(x, tensors["offsets"], model.tokenizer.token_to_id("<pad>"))
@@ -241,8 +241,8 @@ def _state(source: object) -> object:
 def cached(config: Config, depends: tuple, rows: list[tuple], make: Callable[[], Made]) -> Made:
     """The tensors and facts of make(), from the second time on mapped from a file.
 
-    They may depend on the rows, depends and the code. The file lies in data_dir/cache or, where
-    that cannot be written, in the user's own cache; one that cannot be read is made anew.
+    Beside the code they depend on depends and the rows alone. The file lies in data_dir/cache or,
+    where that cannot be written, in the user's own; one that cannot be read is made anew.
     """
     code = [fetch.digest(fetch.ROOT / f"support/{file}.py")  # other code, another cache
             for file in ("data", "fetch", "images", "texts", "toybirds")]

@@ -95,7 +95,7 @@ def shown(name: str) -> bool:
 
 
 def files(root: Path) -> list[Path]:
-    """A file, or all below a folder, in one order everywhere; BadInput for a link to nothing."""
+    """A file, or all shown ones below a folder, in order; BadInput for a link to nothing."""
     found, seen = [root] if root.is_file() else [], set()
     for at, folders, names in os.walk(root, followlinks=True):
         new = os.path.realpath(at) not in seen  # links may lead round in circles

@@ -77,7 +77,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def decode_all(sources: list, side: int, title: str = "pictures") -> Tensor:
-    """uint8 [N, 3, side, side], of CIFAR's records at most 32; on threads: Pillow has no lock."""
+    """uint8 [N, 3, side, side], of CIFAR 32 at most; on threads, as Pillow lets go of the lock."""
     side = min(side, 32) if isinstance(sources[0], np.ndarray) else side
     pixels = torch.empty(len(sources), 3, side, side, dtype=torch.uint8)
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # `decode` has its own
