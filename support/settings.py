@@ -10,7 +10,7 @@ from typing import get_args
 import torch
 from torch import nn
 
-from support import fetch, parallel
+from support import fetch, parallel, texts
 from support.fetch import BadInput
 from support.recipes import AS_RELEASED, DEFAULTS, HUB, SMALL, SMOKE, TEXTS
 
@@ -39,13 +39,17 @@ class Config:
 
     dataset: str = _flag(
         "data and weights", "toybirds", "data set by name (the README lists them), a folder of "
-        "images, or a .jsonl file or folder of text")
+        "pictures, or a .jsonl, .csv, .tsv or .txt file or folder of texts")
     data_dir: str | None = _flag(
         "data and weights", None, "folder that holds the data sets; default $DATA_DIR, else "
         "datasets")
     train_size: int | None = _flag(
         "data and weights", None, "use only so many training examples, the same number of each "
-        "class, with and without labels (Figure 3); default all", TUNES)
+        "class, with and without labels (Figure 3), beside all of unlabelled/; default all", TUNES)
+    text_key: str = _flag(
+        "data and weights", "text", "own texts: the key, or column, of the text", f"mlm {TUNES}")
+    label_key: str = _flag(
+        "data and weights", "label", "own texts: the key, or column, of the label", f"mlm {TUNES}")
     init: str | None = _flag(
         "data and weights", None, "initial weights θ_init, φ_init: a .safetensors file, a folder, "
         "a hub id, 'tiny' (bundled) or 'random'; default: tiny for toybirds and pydocs, else "
@@ -194,9 +198,8 @@ class Config:
     @property
     def modality(self) -> str:
         """"image" or "text", as the data set's name or files tell."""
-        path = Path(self.dataset).expanduser()
-        jsonl = path.suffix == ".jsonl" or path.is_dir() and any(path.glob("*.jsonl"))
-        return "text" if self.dataset in TEXTS or jsonl else "image"
+        text = self.dataset in TEXTS or texts.holds(Path(self.dataset).expanduser())
+        return "text" if text else "image"
 
 
 # ----------------------------------------------------------------------------- what they mean here
@@ -246,11 +249,12 @@ def recipe(model: nn.Module) -> str:
     return "small" if size < SMALL else "paper"
 
 
-def final(config: Config, model: nn.Module, examples: int) -> Config:
+def final(config: Config, model: nn.Module, examples: int, unlabelled: int = 0) -> Config:
     """The settings with every None replaced by `DEFAULTS` for this model and number of examples.
 
-    Text's epochs become epochs × ⌈N/B⌉ steps. What is set stays, so doing it twice changes nothing.
-    BadInput for a variant that the modality does not have, and for batches that cannot be.
+    unlabelled: how many more D_u has. Text's epochs become epochs × ⌈N/B⌉ steps. What is set stays,
+    so doing it twice changes nothing. BadInput for a variant that the modality does not have, and
+    for batches that cannot be.
     """
     if config.as_released and model.modality == "text":
         raise BadInput("as_released is for images: the authors released no text code")
@@ -259,13 +263,13 @@ def final(config: Config, model: nn.Module, examples: int) -> Config:
         raise BadInput(f"masking {config.masking} is not for {model.modality}s: use bernoulli or "
                        f"{ {'image': 'fixed', 'text': '80-10-10'}[model.modality] }")
     found = dict(DEFAULTS[model.modality, recipe(model)]) | (SMOKE if config.smoke else {})
-    for stage in ("", "finetune_"):
-        size = min(found[f"{stage}batch_size"], examples)
+    for stage, N in (("", examples + unlabelled), ("finetune_", examples)):
+        size = min(found[f"{stage}batch_size"], N)
         epochs = found.pop(f"{stage}epochs", None)
         found[f"{stage}batch_size"] = size
         if epochs:
             size = getattr(config, f"{stage}batch_size") or size
-            found.setdefault(f"{stage}steps", epochs * math.ceil(examples / size))
+            found.setdefault(f"{stage}steps", epochs * math.ceil(N / size))
     config = replace(config, **{name: value for name, value in found.items()
                                 if getattr(config, name) is None})
     # a small model's learning rate is too high for RecAdam's own γ: lr·γ = 0.5, t0 early in a run
@@ -273,18 +277,18 @@ def final(config: Config, model: nn.Module, examples: int) -> Config:
         config = replace(config, recadam_cof=0.5 / config.finetune_lr)
     if config.recadam_t0 is None:
         config = replace(config, recadam_t0=max(1, config.finetune_steps // 40))
-    _check_batches(config, examples)
+    _check_batches(config, examples, unlabelled)
     return config
 
 
-def _check_batches(config: Config, examples: int) -> None:
+def _check_batches(config: Config, examples: int, unlabelled: int) -> None:
     """BadInput where a batch is larger than the data or smaller than its parts."""
     parts = config.accumulate * parallel.world()
-    for name in ("batch_size", "finetune_batch_size"):
+    for name, N in (("batch_size", examples + unlabelled), ("finetune_batch_size", examples)):
         size = getattr(config, name)
-        if size > examples and size != SMOKE[name]:
-            raise BadInput(f"{name} is {size}, but there are {examples} training examples: use at "
-                           "most as many")
+        if size > N and size != SMOKE[name]:
+            raise BadInput(f"{name} is {size}, but there are {N} training examples: use at most as "
+                           "many")
         if size < parts:
             raise BadInput(f"{name} is {size}, which cannot be shared out among {parallel.world()} "
                            f"processes with accumulate {config.accumulate}: use fewer or a larger "
