@@ -206,7 +206,8 @@ RESULTS = {
 
 def on_disk(dataset: str, data_dir: Path) -> tuple[int, int, int]:
     """Training and test examples and classes; `BadInput` where the data are not on disk."""
-    if dataset in fetch.DATASETS and not (path := data_dir / fetch.DATASETS[dataset][0]).is_dir():
+    published = fetch.datasets()
+    if dataset in published and not (path := data_dir / published[dataset]["folder"]).is_dir():
         raise fetch.BadInput(f"{path} is absent: `python finetune.py --smoke --init tiny --dataset "
                              f"{dataset}` fetches it")
     config = settings.Config(dataset=dataset, init="tiny", data_dir=str(data_dir))
