@@ -208,7 +208,9 @@ def dataset(name: str, data_dir: str | Path) -> Path:
     data_dir, fetched = Path(os.path.expanduser(data_dir)).absolute(), []
     if (data_dir / title).is_dir():
         return data_dir / title
-    print(f"{name} is not in {data_dir}; fetching {source}", flush=True)
+    size = sum(file.get("size") or 0 for file in wanted) / 1e9
+    print(f"{name} is not in {data_dir}; fetching {source}" + f", {size:.1f} GB" * (size > 0.1),
+          flush=True)
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"{title}-", suffix=".part", dir=data_dir) as work:
