@@ -70,6 +70,7 @@ ROBERTA_FIELDS = {
     "dropout": "hidden_dropout_prob"}
 # copies that some files carry, and what other tasks use
 ROBERTA_TWINS = {"lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
-         "lm_head.decoder.bias": "lm_head.bias"}
-ROBERTA_UNUSED = (r"roberta\.embeddings\.position_ids|"
-          r"(roberta\.pooler\.dense|classifier\.(dense|out_proj)|dense|linear)\.(weight|bias)")
+                 "lm_head.decoder.bias": "lm_head.bias"}
+ROBERTA_UNUSED = (
+    r"roberta\.embeddings\.position_ids|"
+    r"(roberta\.pooler\.dense|classifier\.(dense|out_proj)|dense|linear)\.(weight|bias)")

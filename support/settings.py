@@ -235,19 +235,15 @@ def final(config: Config, model: nn.Module, examples: int, unlabelled: int = 0) 
                        f"{ {'image': 'fixed', 'text': '80-10-10'}[model.modality] }")
     found = dict(DEFAULTS[model.modality, recipe(model)]) | (SMOKE if config.smoke else {})
     for stage, N in (("", examples + unlabelled), ("finetune_", examples)):
-        size = min(found[f"{stage}batch_size"], N)
-        epochs = found.pop(f"{stage}epochs", None)
-        found[f"{stage}batch_size"] = size
-        if epochs:
+        size = found[f"{stage}batch_size"] = min(found[f"{stage}batch_size"], N)
+        if epochs := found.pop(f"{stage}epochs", None):
             size = getattr(config, f"{stage}batch_size") or size
             found.setdefault(f"{stage}steps", epochs * math.ceil(N / size))
-    config = replace(config, **{name: value for name, value in found.items()
-                                if getattr(config, name) is None})
+    found |= {name: value for name, value in vars(config).items() if value is not None}
     # a small model's learning rate is too high for RecAdam's own γ: lr·γ = 0.5, t0 early in a run
-    if config.recadam_cof is None:
-        config = replace(config, recadam_cof=0.5 / config.finetune_lr)
-    if config.recadam_t0 is None:
-        config = replace(config, recadam_t0=max(1, config.finetune_steps // 40))
+    found.setdefault("recadam_cof", 0.5 / found["finetune_lr"])
+    found.setdefault("recadam_t0", max(1, found["finetune_steps"] // 40))
+    config = replace(config, **found)
     _check_batches(config, examples, unlabelled)
     return config
 
