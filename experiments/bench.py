@@ -269,8 +269,7 @@ def page(record: dict) -> str:
             heads += ["transformers: s", "TFLOP", "share, %", "ours is faster"]
         lines += ["", f"## {'GPU' if device == 'cuda' else 'CPU'}", "",
                   f"`{found['command']}`: {found['machine']}{found['peer']}. The large product: "
-                  f"{peaks} "
-                  "TFLOP/s.", "", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+                  f"{peaks} TFLOP/s.", "", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
         for row in found["rows"]:
             sides = [row[name] for name in ("ours", "transformers") if name in row]
             cells = [row["model"], row["stage"], str(row["batch"]),
