@@ -48,14 +48,14 @@ PEAKS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "RTX 3090": 71
 # ----------------------------------------------------------------------------- our steps
 
 
-def begin(config: Config, tiny: bool = False, seed: int = 0) -> tuple[nn.Module, Config, object]:
+def begin(config: Config, tiny: bool = False) -> tuple[nn.Module, Config, object]:
     """A model of the paper's size or the bundled one's, final settings, and random examples.
 
     Texts have 16 to 128 tokens. Every example is seen often, so that a teacher is remembered.
     """
     kind, N = runs.MODELS[config.modality], BATCHES * config.batch_size
     sizes = kind.from_pretrained("tiny").config
-    model = kind(sizes if tiny else type(sizes)(), draws.generator("bench", seed))
+    model = kind(sizes if tiny else type(sizes)(), draws.generator("bench"))
     config, draw = settings.final(config, model, N), draws.generator("bench inputs")
     if config.modality == "image":
         shape = N, 3, model.config.image_size, model.config.image_size
@@ -74,10 +74,10 @@ def carry_out(stage: str, config: Config, tiny: bool = False) -> None:
         tuned = finetune.new_classifier(model, list("0123456789"), config)
         finetune.train(tuned, inputs, torch.arange(len(inputs)) % 10, config, Run(), stage)
         return
-    teacher = None
+    learner, teacher = distill.learner(model, config), None
     if stage == "self-distillation":
-        teacher = begin(config, tiny, 1)[0].to(settings.device(config)).eval().requires_grad_(False)
-    distill.pretrain(distill.learner(model, config), teacher, inputs, config, bool(teacher), Run())
+        teacher = model.to(settings.device(config)).eval().requires_grad_(False)
+    distill.pretrain(learner, teacher, inputs, config, 1 if teacher else 0, Run())
 
 
 class Enough(Exception):
@@ -232,7 +232,7 @@ def table(rows: list[dict], peak: float) -> list[str]:
 def column(rows: list[dict]) -> list[str]:
     """The paper's run on CUB by the fastest steps at its batches, beside the paper's minutes."""
     lines, recipe = [], recipes.DEFAULTS["image", "paper"]
-    for stage, theirs in pages.PAPER_SECONDS.items():
+    for stage, theirs in pages.SECONDS.items():
         prefix = "finetune_" * (stage == "fine-tuning")
         steps, size = recipe[f"{prefix}steps"], recipe[f"{prefix}batch_size"]
         ours = min([statistics.median(row["seconds"]["ours"]) for row in rows

@@ -4,16 +4,16 @@ A record is what results/<name>.json holds. Everything here is computed from it 
 be made again without the runs.
 """
 import itertools
-import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from support import recipes
+
 # ----------------------------------------------------------------------------- what the paper says
 
-IMAGES = ("aircraft", "cub", "chest_xray", "dtd", "dogs", "flower")  # Tables 1 and 7, in order
-TEXTS = ("chemprot", "acl_arc", "scierc", "twitter_emotion")  # Tables 2 and 8
+IMAGES, TEXTS = recipes.IMAGES[:6], recipes.TEXTS[:4]  # Tables 1 and 7, 2 and 8, in their order
 NAMES = {"aircraft": "Aircraft", "cub": "CUB", "chest_xray": "Chest X-ray", "dtd": "DTD",
          "dogs": "Dogs", "flower": "Flower", "cifar100": "CIFAR-100", "chemprot": "Chemprot",
          "acl_arc": "ACL-ARC", "scierc": "SCIERC", "twitter_emotion": "Twitter-Emotion",
@@ -39,9 +39,10 @@ PAPER = {"table1": {
                 "88.92 ± 0.78"),
         "further pre-training": ("73.38 ± 0.64", "55.72 ± 0.46", "77.79 ± 2.06", "65.55 ± 1.12",
                                  "62.34 ± 0.39", "88.63 ± 0.35")}.items()}}
-# Appendix B's cost on CUB with one RTX 3090, in seconds
-PAPER_SECONDS = {"fine-tuning": 32 * 60 + 18, "further pre-training": 89 * 60 + 33,
-                 "self-distillation": 313 * 60 + 22}
+# Appendix B's cost of a stage on CUB with one RTX 3090, in seconds
+SECONDS = {"fine-tuning": 32 * 60 + 18, "further pre-training": 89 * 60 + 33,
+           "self-distillation": 313 * 60 + 22}
+PAPER["time"] = {row: {"cub": str(seconds)} for row, seconds in SECONDS.items()}
 
 # ----------------------------------------------------------------------------- numbers
 
@@ -136,21 +137,6 @@ def differences(record: dict) -> list[str]:
                       *grid(["", "minus", "difference", "seeds above 0"], lines)]
 
 
-def times(record: dict) -> list[str]:
-    """Seconds of whole stages beside the paper's, and the ratios of both."""
-    lines, rows = [], {row: [] for row in PAPER_SECONDS}
-    for (row, *_), seeds in numbers(record).items():
-        rows[row] += seeds.values()
-    means = {row: statistics.mean(seconds or [math.nan]) for row, seconds in rows.items()}
-    for row, theirs in PAPER_SECONDS.items():
-        ratios = means[row] / means["fine-tuning"], theirs / means[row]
-        ours, faster = ("–" if math.isnan(ratio) else f"{ratio:.3g}" for ratio in ratios)
-        lines.append([row, spread(rows[row], 1), ours, str(theirs),
-                      f"{theirs / PAPER_SECONDS['fine-tuning']:.3g}", faster])
-    return grid(["", "seconds", "× fine-tuning", "paper, s", "× fine-tuning", "paper / ours"],
-                lines)
-
-
 def counts(record: dict) -> list[str]:
     """Examples and classes of each data set, as counted and as published."""
     lines = []
@@ -167,10 +153,8 @@ def page(record: dict) -> str:
     told = "Mean ± sample standard deviation over seeds."
     if name == "datasets":
         told, main = "Counted on disk, beside what is published.", counts(record)
-    elif name == "time":
-        main = times(record)
     else:
-        main = table(record) + ([] if record["x"] else differences(record))
+        main = table(record) + ([] if record["x"] or name == "time" else differences(record))
     lines = [f"# {record['title']}", "", f"`{record['command']}`", "", f"{record['machine']}. "
              f"{told}", "", *main]
     if name.startswith("figure"):
@@ -212,7 +196,8 @@ def plot(path: Path, title: str, x: str, y: str, panels: dict[str, dict[str, tup
             if x:
                 axis.errorbar(places, values, errors, marker="os^"[number], capsize=3, label=label,
                               markersize=9 - 2 * number)  # none hides another
-                axis.set(xlabel=x, xticks=places, xscale="log" if max(places) > 9999 else "linear")
+                axis.set_xscale("log" if max(places) > 9999 else "linear")
+                axis.set(xlabel=x, xticks=places)
             else:  # values of data sets differ in size
                 axis.bar([number], values, yerr=errors, label=label, capsize=3)
                 axis.set_xticks([])

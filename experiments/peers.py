@@ -22,21 +22,17 @@ BATCHES = 8  # different ones, over and over
 def theirs(ours: nn.Module, config: settings.Config, tunes: bool, attention: str) -> nn.Module:
     """A new model of the same sizes; tunes: a classifier. attention: "eager" or "sdpa"."""
     import transformers as hub  # whoever compares has installed it
-    text, sizes = ours.modality == "text", ours.config
-    if text:
-        kind = hub.RobertaForSequenceClassification if tunes else hub.RobertaForMaskedLM
-        about = hub.RobertaConfig(vocab_size=sizes.vocab_size, type_vocab_size=1)
-    else:
-        kind = hub.ViTForImageClassification if tunes else hub.ViTMAEForPreTraining
-        about = (hub.ViTConfig if tunes else hub.ViTMAEConfig)(
-            image_size=sizes.image_size, patch_size=sizes.patch_size)
-    for name, their_name in (mlm if text else mae).HUB_FIELDS.items():
-        setattr(about, their_name, getattr(sizes, name))
-    about.num_labels, about.norm_pix_loss, about.mask_ratio = 100, True, config.mask_prob
-    about._attn_implementation = attention
-    about.hidden_dropout_prob = config.dropout if tunes else config.pretrain_dropout
-    about.attention_probs_dropout_prob = about.hidden_dropout_prob if text else 0.0
-    return kind(about).to(settings.device(config))
+    kind = {("image", False): hub.ViTMAEForPreTraining, ("text", False): hub.RobertaForMaskedLM,
+            ("image", True): hub.ViTForImageClassification,
+            ("text", True): hub.RobertaForSequenceClassification}[ours.modality, tunes]
+    names = {"image": mae.HUB_FIELDS | {"image_size": "image_size", "patch_size": "patch_size"},
+             "text": mlm.HUB_FIELDS | {"vocab_size": "vocab_size"}}[ours.modality]
+    dropout = config.dropout if tunes else config.pretrain_dropout
+    sizes = {hub_name: getattr(ours.config, name) for name, hub_name in names.items()} | {
+        "hidden_dropout_prob": dropout, "type_vocab_size": 1, "num_labels": 10,
+        "attention_probs_dropout_prob": dropout if ours.modality == "text" else 0.0,
+        "norm_pix_loss": True, "mask_ratio": config.mask_prob, "attn_implementation": attention}
+    return kind(kind.config_class(**sizes)).to(settings.device(config))
 
 
 class Peer:
@@ -60,7 +56,7 @@ class Peer:
         x = batch(inputs, index, self.where)  # [B, 3, S, S] or [B, K], of texts on the CPU
         told = {"pixel_values": x} if x.ndim == 4 else {"input_ids": x, "attention_mask": x != 1}
         if self.stage == "fine-tuning":
-            told["labels"] = index % 100
+            told["labels"] = index % 10
         else:
             masked = distill.mask_input(ours, x, self.config, draws.generator("mask", step))
             told |= {"noise": masked["mask"].float()} if x.ndim == 4 else {
