@@ -2,18 +2,17 @@
 import functools
 import json
 import re
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import distill
 import finetune
 import mae
 import mlm
 from support.fetch import ROOT, BadInput
-from support.test_weights import GOLDEN, published, same
+from support.test_weights import published
+from support.testing import GOLDEN, content, run_here, same
 
 LINEAGE = {"dataset": "cub", "init": "facebook/vit-mae-base", "teacher": "None", "rounds": "1",
            "seed": "3", "match": "cls", "pixels": "norm", "stage": "distilled-1", "run": "0f0f"}
@@ -54,10 +53,10 @@ def test_what_is_exported_has_their_names_and_comes_back(tmp_path, kind, classes
                               if not name.startswith(more)})
         save_file(tensors, path)
         bare = kind.from_pretrained(tmp_path)
-        assert same(bare.state_dict(), model.state_dict()) and bare.config == model.config
+        assert same(bare, model) and bare.config == model.config
     if names == "timm" and not classes:  # it has no decoder
         model, again = model.encoder, again.encoder
-    assert same(again.state_dict(), model.state_dict())
+    assert same(again, model)
 
 
 def test_the_card_and_the_pixel_target_are_the_lineages(tmp_path):
@@ -80,24 +79,21 @@ def test_the_card_and_the_pixel_target_are_the_lineages(tmp_path):
     assert target is None and "\n- not recorded\n" in told and "\nlicense: unknown\n" in told
 
 
-def test_a_finished_run_is_exported_by_its_command(tmp_path, monkeypatch):
+def test_a_finished_run_is_exported_by_its_command(tmp_path, finished):
     """--export writes what the run has saved, and leaves its folder as it was."""
-    for program, models in ((finetune, {"": "finetuned-fine-tuning"}),
-                            (distill, {"": "distilled-1",
-                                       "classifier": "finetuned-self-distillation"})):
-        run, out, before = tmp_path / program.__name__, tmp_path / f"{program.__name__}-out", {}
-        for more in ([], ["--export", str(out)]):
-            words = [f"{program.__name__}.py", "--smoke", "--out", str(run), *more]
-            monkeypatch.setattr(sys, "argv", words)
-            program.main()
-            after = {path.name: path.read_bytes() for path in run.iterdir()}
-            before = before or after
-        assert after == before
+    run_here(f"finetune.py --smoke --out {tmp_path / 'run'}")
+    for program, run, models in (
+            ("finetune", tmp_path / "run", {"": "finetuned-fine-tuning"}),
+            ("distill", finished, {"": "distilled-1",
+                                   "classifier": "finetuned-self-distillation"})):
+        before, out = content(run), tmp_path / program
+        run_here(f"{program}.py --smoke --out {run} --export {out}")
+        assert content(run) == before
         for folder, name in models.items():
             kind = mae.MAE if name == "distilled-1" else finetune.Classifier
             saved = kind.from_pretrained(run / f"{name}.safetensors")
             again = kind.from_pretrained(out / folder)
-            assert same(again.state_dict(), saved.state_dict()) and again.lineage == saved.lineage
+            assert same(again, saved) and again.lineage == saved.lineage
     with pytest.raises(BadInput, match="is a run's folder, whose config.json is another"):
         again.save_pretrained(run)
     with pytest.raises(BadInput, match="names is 'hugingface' .did you mean huggingface.*: use"):

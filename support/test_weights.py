@@ -3,6 +3,7 @@ import json
 import shlex
 import shutil
 import sys
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -15,14 +16,9 @@ import mae
 import mlm
 from support import weights
 from support.fetch import ROOT, BadInput
+from support.testing import GOLDEN, same
 
 TENSORS = {"a": torch.arange(6.).view(2, 3), "b": torch.ones(2)}
-GOLDEN = {mae.MAE: ROOT / "golden" / "vit_mae.safetensors",
-          mlm.MLM: ROOT / "golden" / "roberta.safetensors"}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def published(kind):
@@ -86,7 +82,7 @@ def test_a_hubs_cache_serves_without_a_network(tmp_path, monkeypatch, capsys, fi
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     found, expected = kind.from_pretrained("me/mine"), kind.from_pretrained(GOLDEN[kind])
-    assert same(found.state_dict(), expected.state_dict()) and found.config == expected.config
+    assert same(found, expected) and found.config == expected.config
     told = {mae.MAE: "does not record whether its decoder predicts raw or normalised pixels",
             mlm.MLM: "roberta.embeddings.position_ids, roberta.pooler.dense.bias\n"}[kind]
     assert told in capsys.readouterr().out and sorted(tmp_path.rglob("*")) == before
@@ -114,17 +110,28 @@ def test_encoders_of_other_models_are_read(tmp_path, capsys, kind, prefix, more)
     weights.write(tensors, path, described)
     found, told = kind.from_pretrained(path), capsys.readouterr().out
     expected = kind.from_pretrained(GOLDEN[kind])
-    assert same(found.encoder.state_dict(), expected.encoder.state_dict())
+    assert same(found.encoder, expected.encoder)
     assert found.config == expected.config and all(name in told for name in more)
     assert "encoder only: its decoder g_φ starts FRESH" in told and "pixels" not in told
 
 
-def test_fine_tuned_weights_of_others_are_read_without_their_head(tmp_path, capsys):
-    """facebookresearch's, whose names timm has; not where the mean over patches was trained."""
-    encoder, path = mae.MAE.from_pretrained(GOLDEN[mae.MAE]).encoder, tmp_path / "model.safetensors"
-    finetune.Classifier(encoder, 3).save_pretrained(tmp_path, "timm")
-    found = mae.MAE.from_pretrained(path)
-    assert same(found.encoder.state_dict(), encoder.state_dict())
+def test_facebookresearchs_weights_are_read(tmp_path, capsys):
+    """The encoder has timm's names; fine-tuned, it is read if it was not on the mean of patches."""
+    golden, path = mae.MAE.from_pretrained(GOLDEN[mae.MAE]), tmp_path / "model.safetensors"
+    golden.save_pretrained(tmp_path, "timm")
+    tensors = load_file(path)
+    for name, tensor in golden.decoder.state_dict().items():
+        for ours, theirs in (("attention.qkv", "attn.qkv"), ("attention.out", "attn.proj"),
+                             ("fc", "mlp.fc"), ("positions", "pos_embed"), ("predict", "pred")):
+            name = name.replace(ours, theirs)
+        tensors[name if name == "mask_token" else f"decoder_{name}"] = tensor
+    save_file(tensors, path)
+    sizes = asdict(golden.config)
+    del sizes["eps"]  # theirs is another
+    found = mae.MAE.from_pretrained(path, **sizes)
+    assert same(found, golden) and found.config == replace(golden.config, eps=1e-6)
+    finetune.Classifier(golden.encoder, 3).save_pretrained(tmp_path, "timm")
+    assert same(mae.MAE.from_pretrained(path).encoder, golden.encoder)
     assert "head.bias, head.weight" in capsys.readouterr().out
     tensors = load_file(path)
     tensors |= {f"fc_norm.{kind}": tensors.pop(f"norm.{kind}") for kind in ("weight", "bias")}
@@ -141,7 +148,7 @@ def test_several_files_of_half_precision_are_read(tmp_path):
     (tmp_path / weights.INDEX).write_text(json.dumps({"weight_map": files}))
     shutil.copy(GOLDEN[mae.MAE].with_suffix(".config.json"), tmp_path / "config.json")
     expected = mae.MAE.from_pretrained(GOLDEN[mae.MAE]).half().float()
-    assert same(mae.MAE.from_pretrained(tmp_path).state_dict(), expected.state_dict())
+    assert same(mae.MAE.from_pretrained(tmp_path), expected)
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -156,7 +163,7 @@ def test_what_is_written_is_read(tmp_path):
 
 
 def test_a_configuration_may_lie_beside(tmp_path):
-    """One with the file's own name comes before config.json; a broken one is named."""
+    """The file's own comes first, then one with its name, then config.json."""
     path = tmp_path / "a.safetensors"
     save_file(TENSORS, path)
     assert weights.read(path)[1] == {}
@@ -167,6 +174,8 @@ def test_a_configuration_may_lie_beside(tmp_path):
         (tmp_path / name).write_text("{")
         with pytest.raises(BadInput, match="a.safetensors or its config.json cannot be read"):
             weights.read(path)
+    weights.write(TENSORS, path, {"from": "itself"})
+    assert weights.read(path)[1]["from"] == "itself"
 
 
 @pytest.mark.parametrize("kind, other", [(mae.MAE, mlm.MLM), (mlm.MLM, mae.MAE)])
@@ -184,3 +193,11 @@ def test_weights_that_do_not_fit_are_named(tmp_path, kind, other):
                          f"{wild} holds NaN or infinite numbers", "unexpected more [2, 3]"}
     with pytest.raises(BadInput, match="no tensor is called .*is this another kind of model"):
         kind.from_pretrained(GOLDEN[other])
+
+
+def test_a_copy_that_differs_is_refused(tmp_path):
+    tensors = load_file(GOLDEN[mlm.MLM])
+    tensors["lm_head.decoder.bias"] = tensors["lm_head.bias"] + 1
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(BadInput, match="lm_head.decoder.bias differs from lm_head.bias"):
+        mlm.MLM.from_pretrained(tmp_path)
