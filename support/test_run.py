@@ -23,6 +23,8 @@ from support.run import Run
 from support.settings import Config
 from support.testing import both, content, finish, labelled, log_of, run_here, same, start, tiny
 
+PROGRAM = str(fetch.ROOT / "distill.py")
+
 
 def go(folder: Path, modality: str, **changes: object) -> Run:
     """Algorithm 1 and a row of each method, in a folder."""
@@ -131,7 +133,7 @@ def test_a_killed_run_carries_on_bit_for_bit(modality, tmp_path, monkeypatch):
 @pytest.mark.parametrize("dataset", ["toybirds", "pydocs"])
 def test_a_program_killed_at_any_moment_ends_as_if_it_had_not_been(dataset, tmp_path):
     """SIGKILL as it begins and in every stage, mid-file too, once so many lines are logged."""
-    words = ("distill.py", "--smoke", "--dataset", dataset, "--rounds", "2", "--steps", "10",
+    words = (PROGRAM, "--smoke", "--dataset", dataset, "--rounds", "2", "--steps", "10",
              "--finetune-steps", "10", "--save-every", "1", "--out")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert finish(start(*words, whole))[0] == 0
@@ -150,7 +152,7 @@ def test_a_program_killed_at_any_moment_ends_as_if_it_had_not_been(dataset, tmp_
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_program_says_how_to_go_on_and_loses_nothing(number, tmp_path):
-    words = ("distill.py", "--smoke", "--steps", "100000", "--out", str(tmp_path))
+    words = (PROGRAM, "--smoke", "--steps", "100000", "--out", str(tmp_path))
     process = start(*words)
     while process.poll() is None and not (tmp_path / "log.jsonl").exists():
         time.sleep(0.01)

@@ -1,7 +1,6 @@
 """What the tests share: small models, what they learn from, programs started, folders read."""
 import importlib
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -105,9 +104,9 @@ def run_here(line: str) -> None:
 
 
 def start(*words: str | Path) -> subprocess.Popen:
-    """A program as a user starts it, from the project's folder."""
-    return subprocess.Popen([sys.executable, *words], cwd=ROOT, text=True, encoding="utf-8",
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ)
+    """A program as a user starts it, in the present folder."""
+    return subprocess.Popen([sys.executable, *words], text=True, encoding="utf-8",
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
