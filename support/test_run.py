@@ -1,6 +1,5 @@
 """A run from its command line to its results: settings, folder, resuming, refusing."""
 import json
-import os
 import re
 import shutil
 import signal
@@ -52,21 +51,19 @@ def test_every_default_comes_from_the_table():
     """`final` leaves nothing open, and gives what §5 and the released code say."""
     model = mae.MAE(mae.Config(image_size=32, patch_size=16, decoder_depth=1, depth=1))
     assert settings.recipe(model) == "paper"  # 7 M parameters in one layer of ViT-B
-    config = settings.final(Config(), model, 5994)
-    named = {"data_dir", "export", "init", "out", "predict", "train_size", "teacher"}
-    assert {name for name, value in vars(config).items() if value is None} == named
-    assert (config.steps, config.batch_size) == (20_000, 64)
-    assert (config.lr, config.mask_prob) == (1.5e-4, 0.75)
-    assert (config.finetune_steps, config.finetune_batch_size) == (10_000, 32)
-    assert (config.finetune_lr, config.finetune_clip, config.dropout) == (1e-4, 1.0, 0.1)
-    assert config.finetune_warmup * config.finetune_steps == 500
-    assert (config.warmup, config.clip, config.betas) == (0.0, 0.0, (0.9, 0.95))
+    found = vars(settings.final(Config(), model, 5994))
+    assert {name for name, value in found.items() if value is None} == {
+        "data_dir", "export", "init", "out", "predict", "train_size", "teacher"}
+    assert dict(steps=20_000, batch_size=64, lr=1.5e-4, mask_prob=0.75, betas=(0.9, 0.95),
+                warmup=0.0, clip=0.0, finetune_steps=10_000, finetune_batch_size=32,
+                finetune_lr=1e-4, finetune_clip=1.0, dropout=0.1).items() <= found.items()
+    assert found["finetune_warmup"] * found["finetune_steps"] == 500
     model = mlm.MLM(mlm.Config(width=768, depth=1, mlp=32, vocab_size=8000, mask_id=7999))
     config = settings.final(Config(), model, 3219)
     assert (config.steps, config.finetune_steps) == (2600, 1010)  # 100 and 10 epochs of SciERC
     assert settings.final(config, model, 3219) == config
-    config = settings.final(Config(as_released=True), tiny("image"), 20)
-    assert recipes.AS_RELEASED.items() <= vars(config).items()
+    released = vars(settings.final(Config(as_released=True), tiny("image"), 20))
+    assert recipes.AS_RELEASED.items() <= released.items()
     assert settings.recipe(tiny("image")) == "small"
 
 
@@ -219,26 +216,18 @@ def test_a_run_folder_holds_what_it_says(tmp_path):
     assert stored == results and config["facts"]["code"] == run.code()
     assert config["settings"]["finetune_steps"] == 6 and config["facts"]["data"] == "hash"
     assert config["versions"]["torch"] == torch.__version__
-    assert [row["method"] for row in results["rows"]] == list(baselines.METHODS)
-    lines = log_of(tmp_path)
-    stages = [(line["stage"], line["round"]) for line in lines]
-    assert list(dict.fromkeys(stages))[:3] == [
-        ("further pre-training", 0), ("self-distillation", 1), ("fine-tuning", 0)]
-    student = [line for line in lines if line["stage"] == "self-distillation"]
+    student = [line for line in log_of(tmp_path) if line["stage"] == "self-distillation"]
     assert [line["step"] for line in student] == list(range(5))
     assert set(student[0]) == {"stage", "round", "step", "mae_loss", "distill_loss", "lr",
                                "grad_norm"}
     with safe_open(tmp_path / "distilled-1.safetensors", "pt") as file:
         about = file.metadata()
     assert (about["seed"], about["mae_weight"], about["match"]) == ("3", "0.5", "hidden")
-    assert (tmp_path / "curves.png").stat().st_size > 0
     assert not list(tmp_path.glob("*checkpoint*")) and not list(tmp_path.glob("*.part"))
-    os.utime(tmp_path / "results.json", (0, 0))
     assert go(tmp_path, "text", seed=3, mae_weight=0.5).results == results  # nothing is done again
 
 
 def test_a_folder_is_named_after_what_is_unusual():
-    config = Config(seed=7, init="some/weights.safetensors", rounds=2)
-    config = settings.final(config, tiny("image"), 20)
-    assert run.folder("distill", config, tiny("image"), 20) == Path(
-        "runs/distill-toybirds-weights-rounds=2-seed7")
+    config, model = Config(seed=7, init="some/weights.safetensors", rounds=2), tiny("image")
+    name = run.folder("distill", settings.final(config, model, 20), model, 20)
+    assert name == Path("runs/distill-toybirds-weights-rounds=2-seed7")

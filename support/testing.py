@@ -1,8 +1,10 @@
-"""What the tests share: small models, what they learn from, programs started, folders read."""
+"""What the tests share: surroundings, small models, what they learn from, programs, folders."""
+import functools
 import importlib
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 import mae
 import mlm
-from support import images, settings
+from support import images, run, settings
 from support.data import Data
 from support.fetch import ROOT
 from support.texts import Texts
@@ -21,7 +23,24 @@ GOLDEN = {mae.MAE: ROOT / "golden" / "vit_mae.safetensors",
           mlm.MLM: ROOT / "golden" / "roberta.safetensors"}
 both = pytest.mark.parametrize("modality", ["image", "text"])
 
-# ----------------------------------------------------------------------------- tensors
+
+@pytest.fixture(scope="session", autouse=True)
+def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One place for data, one thread (more are slower for small models), the code hashed once."""
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DATA_DIR", str(tmp_path_factory.mktemp("data")))
+        patch.setenv("OMP_NUM_THREADS", "1")  # of programs that are started
+        patch.setattr(run, "code", functools.cache(run.code))
+        yield
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that has finished."""
+    folder = tmp_path_factory.mktemp("finished")
+    run_here(f"distill.py --smoke --out {folder}")
+    return folder
 
 
 def close(a: Tensor, b: Tensor, atol: float, rtol: float = 0.0) -> None:
@@ -37,9 +56,6 @@ def same(a: nn.Module | dict, b: nn.Module | dict) -> bool:
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-# ----------------------------------------------------------------------------- models and inputs
 
 
 def tiny(kind: str, seed: int = 0) -> nn.Module:
@@ -90,9 +106,6 @@ def labelled(kind: str, **changes: object) -> tuple[nn.Module, Data, settings.Co
                 classes=list("abcd"), metric="macro_f1", fingerprint="0", note="")
     config = config_of(steps=5, finetune_steps=6, finetune_batch_size=8, finetune_lr=1e-3)
     return model, data, settings.final(replace(config, **changes), model, 12)
-
-
-# ----------------------------------------------------------------------------- programs
 
 
 def run_here(line: str) -> None:
