@@ -1,9 +1,13 @@
-"""A run from its command line to its results: settings, folder, resuming, refusing."""
+"""A run from its command line to its results: settings, folder, resuming, refusing, processes."""
 import json
 import re
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,9 +24,22 @@ from support import fetch, loop, program, recipes, run, settings
 from support.fetch import BadInput
 from support.run import Run
 from support.settings import Config
-from support.testing import both, content, finish, labelled, log_of, run_here, same, start, tiny
+from support.testing import both, content, labelled, log_of, rows_of, run_here, same, tiny
 
 PROGRAM = str(fetch.ROOT / "distill.py")
+
+
+def start(*words: str | Path) -> subprocess.Popen:
+    """A program as a user starts it, in the present folder."""
+    return subprocess.Popen([sys.executable, *words], text=True, encoding="utf-8",
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    """Its status, what it printed, and the last line of its standard error."""
+    printed, errors = process.communicate()
+    assert "Traceback" not in errors, errors
+    return process.returncode, printed, (errors.strip().splitlines() or [""])[-1]
 
 
 def go(folder: Path, modality: str, **changes: object) -> Run:
@@ -179,31 +196,92 @@ def test_a_folder_with_other_settings_is_refused(tmp_path):
 
 def test_after_the_code_is_edited_nothing_old_is_shown_or_used(
         finished, tmp_path, monkeypatch, capsys):
-    """Finished or half done; comments and what draws pictures are no such code."""
+    """Finished or half done; comments change nothing, and what computes nothing is not read."""
     copy, out = tmp_path / "project", tmp_path / "out"
     shutil.copytree(finished, out)
-    shutil.copytree(fetch.ROOT, copy, ignore=shutil.ignore_patterns(
-        ".git", "runs", "results", "golden", "test_*", "tiny-mlm*", ".*_cache", "__pycache__"))
+    for file in (*(f"{name}.py" for name in run.COMPUTES), "requirements.txt",
+                 "weights/tiny-mae.safetensors"):
+        (copy / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(fetch.ROOT / file, copy / file)
     monkeypatch.setattr(fetch, "ROOT", copy)
-    monkeypatch.setattr(run, "code", run.code.__wrapped__)  # conftest.py has it remembered
+    monkeypatch.setattr(run, "code", run.code.__wrapped__)  # no longer remembered
     text = (copy / "distill.py").read_text(encoding="utf-8")
 
-    def again(edited: str) -> dict:
-        (copy / "distill.py").write_text(edited, encoding="utf-8")
+    def again(old: str, new: str) -> dict:
+        assert old in text
+        (copy / "distill.py").write_text(text.replace(old, new), encoding="utf-8")
         run_here(f"distill.py --smoke --out {out}")
         return content(out)
 
-    (copy / "support" / "pictures.py").write_text("drawn = 'otherwise'\n", encoding="utf-8")
-    assert again(text.replace('"""Line 11', '"""Other words') + "\n# a comment\n") == content(
-        finished)
+    assert again('"""Line 11', '# a comment\n    """Other words') == content(finished)
     for done in ("results.json", "rows.json"):
         capsys.readouterr()
         with pytest.raises(BadInput, match=f"^{out} holds a run of other code"):
-            again(text.replace("return difference.square()", "return 0 * difference.square()"))
+            again("return difference.square()", "return 0 * difference.square()")
         assert "self-distillation" not in capsys.readouterr().out
         (out / done).unlink()  # next time the run is half done
-    assert again(text)["results.json"] == content(finished)["results.json"]
+    assert again("", "")["results.json"] == content(finished)["results.json"]
     assert "carries on; there: distilled-1," in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------- several processes
+
+WORKER = """
+import os, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+from support import parallel
+
+with parallel.processes(), parallel.in_turn():
+    if not parallel.rank():
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(90)
+"""
+TORCHRUN = "-m", "torch.distributed.run"
+
+
+def test_processes_end_when_torchrun_is_killed(tmp_path):
+    """One works, as if it downloaded; the other waits for it in a collective operation."""
+    (worker := tmp_path / "worker.py").write_text(WORKER)
+    process = start(*TORCHRUN, "--standalone", "--nproc-per-node=2", worker, fetch.ROOT)
+    errors = process.communicate(timeout=60)[1]  # until nobody holds the pipes any more
+    assert process.returncode == -signal.SIGKILL and "error: torchrun has ended" in errors
+
+
+@pytest.mark.parametrize("nodes, line", [
+    (1, "distill.py --accumulate 2 --match hidden --steps 12 --lr 1e-4"),
+    pytest.param(2, "distill.py --dataset pydocs --match cls --steps 12 --lr 1e-4 --init still",
+                 marks=pytest.mark.slow), pytest.param(1, "baselines.py", marks=pytest.mark.slow)])
+def test_two_processes_are_one(nodes, line, tmp_path, monkeypatch):
+    """On a CPU, of one or two machines: one's losses, gradients and scores, to 1e-5."""
+    monkeypatch.chdir(tmp_path)
+    still = mlm.MLM.from_pretrained("tiny")
+    still.config = replace(still.config, dropout=0.0)  # its draws differ between processes
+    still.save("still/model.safetensors")
+    # small steps: Adam's division by √v enlarges rounding, most in the first ones
+    line += " --smoke --finetune-lr 1e-4 --device cpu"
+    run_here(f"{line} --out one")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    several = [start(*TORCHRUN, f"--nnodes={nodes}", f"--nproc-per-node={2 // nodes}",
+                     f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}",
+                     *f"{fetch.ROOT}/{line} --out two".split()) for node in range(nodes)]
+    printed = ""
+    for process in several:
+        status, told, _ = finish(process)
+        assert status == 0
+        printed += told
+    assert printed.count("fine-tuning ") == 1  # only one of them prints
+    one, two = (log_of(folder) + rows_of(folder) for folder in (Path("one"), Path("two")))
+    for mine, theirs in zip(one, two, strict=True):
+        assert mine.keys() == theirs.keys()
+        for key, value in mine.items():
+            if type(value) is not float:
+                assert theirs[key] == value
+            elif key != "projected":  # a row of weights at its radius may fall either way
+                # the gradient, the gap and the distance are differences of larger numbers
+                rel = 1e-5 if "loss" in key else 1e-4
+                assert theirs[key] == pytest.approx(value, rel=rel, abs=1e-6), (key, mine)
 
 
 # ----------------------------------------------------------------------------- what a run leaves
@@ -224,7 +302,9 @@ def test_a_run_folder_holds_what_it_says(tmp_path):
         about = file.metadata()
     assert (about["seed"], about["mae_weight"], about["match"]) == ("3", "0.5", "hidden")
     assert not list(tmp_path.glob("*checkpoint*")) and not list(tmp_path.glob("*.part"))
-    assert go(tmp_path, "text", seed=3, mae_weight=0.5).results == results  # nothing is done again
+    spent = content(tmp_path)["timing.jsonl"]
+    assert go(tmp_path, "text", seed=3, mae_weight=0.5).results == results
+    assert content(tmp_path)["timing.jsonl"] == spent  # nothing is done again
 
 
 def test_a_folder_is_named_after_what_is_unusual():

@@ -2,7 +2,6 @@
 import functools
 import importlib
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -114,19 +113,6 @@ def run_here(line: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [name, *words])
         importlib.import_module(name.removesuffix(".py")).main()
-
-
-def start(*words: str | Path) -> subprocess.Popen:
-    """A program as a user starts it, in the present folder."""
-    return subprocess.Popen([sys.executable, *words], text=True, encoding="utf-8",
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def finish(process: subprocess.Popen) -> tuple[int, str, str]:
-    """Its status, what it printed, and the last line of its standard error."""
-    printed, errors = process.communicate()
-    assert "Traceback" not in errors, errors
-    return process.returncode, printed, (errors.strip().splitlines() or [""])[-1]
 
 
 def log_of(folder: Path) -> list[dict]:
