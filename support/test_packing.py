@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
@@ -34,12 +35,10 @@ def test_a_plan_puts_every_token_where_it_was(prob):
     packed, twice = plan.take(x), plan.twice()
     assert torch.equal(packed, x[kept])
     assert torch.equal(plan.unpack(packed), x * kept[..., None])
-    filled = plan.unpack(packed, torch.ones(3))
-    assert torch.equal(filled[kept], x[kept]) and (filled[~kept] == 1).all()
-    rows = plan.rows(packed)
-    for b in range(5):
-        assert torch.equal(rows[b, :kept[b].sum()], x[b][kept[b]])
-    assert torch.equal(plan.tokens(rows), packed)
+    assert torch.equal(plan.unpack(packed, torch.ones(3)), x.where(kept[..., None], torch.ones(3)))
+    rows = [row[chosen] for row, chosen in zip(x, kept, strict=True)]
+    assert torch.equal(plan.rows(packed), nn.utils.rnn.pad_sequence(rows, batch_first=True))
+    assert torch.equal(plan.tokens(plan.rows(packed)), packed)
     assert (plan.allowed is None) == (len(kept.sum(1).unique()) == 1)
     for mean, losses, z in zip(plan.mean(x[..., 0][mask]), x[..., 0], mask, strict=True):
         close(mean, losses[z].sum() / max(1, z.sum()), 1e-6)  # float32 in another order
