@@ -19,63 +19,38 @@ import distill
 import finetune
 import mae
 import mlm
-from support import draws, loop, packing, recall, settings, texts
+from support import draws, loop, packing, recall, settings
 from support.run import Run
-
-
-def tiny(modality: str) -> tuple[nn.Module, object]:
-    """A small model and 12 inputs of a modality."""
-    draws = torch.Generator().manual_seed(0)
-    if modality == "image":
-        config = mae.Config(image_size=16, patch_size=8, width=32, depth=2, heads=4, mlp=64,
-                            decoder_width=16, decoder_depth=2, decoder_heads=2, decoder_mlp=32)
-        return mae.MAE(config, draws), torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8,
-                                                     generator=draws)
-    config = mlm.Config(vocab_size=60, width=32, depth=2, heads=4, mlp=64, max_positions=20,
-                        mask_id=59, special_ids=(0, 1, 2, 3, 59))
-    lengths = torch.arange(12) % 5 + 3
-    ids = torch.randint(5, 58, (int(lengths.sum()),), generator=draws, dtype=torch.int32)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
-    return mlm.MLM(config, draws), texts.Texts(ids, offsets, 1)
-
+from support.testing import close, config_of, examples, normal, tiny
 
 # ----------------------------------------------------------------------------- what a plan says
 
 
 @pytest.mark.parametrize("prob", [0.0, 0.5, 1.0])
 def test_a_plan_puts_every_token_where_it_was(prob):
-    draws = torch.Generator().manual_seed(0)
-    mask = torch.rand(5, 7, generator=draws) < prob
-    x = torch.randn(5, 7, 3, generator=draws)
-    kept = ~mask
+    mask = torch.rand(5, 7, generator=draws.generator("a mask")) < prob
+    x, kept = normal(5, 7, 3), ~mask
     kept[:, 0] = True  # no row is empty
     plan = packing.plan(kept, mask, torch.device("cpu"))
-    packed = plan.take(x)
+    packed, twice = plan.take(x), plan.twice()
     assert torch.equal(packed, x[kept])
     assert torch.equal(plan.unpack(packed), x * kept[..., None])
-    filled = plan.unpack(packed, torch.ones(3))
-    assert torch.equal(filled[kept], x[kept]) and (filled[~kept] == 1).all()
-    rows = plan.rows(packed)
-    for b in range(5):
-        assert torch.equal(rows[b, :kept[b].sum()], x[b][kept[b]])
-    assert torch.equal(plan.tokens(rows), packed)
+    assert torch.equal(plan.unpack(packed, torch.ones(3)), x.where(kept[..., None], torch.ones(3)))
+    rows = [row[chosen] for row, chosen in zip(x, kept, strict=True)]
+    assert torch.equal(plan.rows(packed), nn.utils.rnn.pad_sequence(rows, batch_first=True))
+    assert torch.equal(plan.tokens(plan.rows(packed)), packed)
     assert (plan.allowed is None) == (len(kept.sum(1).unique()) == 1)
-    losses = x[..., 0][mask]
-    for b, mean in enumerate(plan.mean(losses)):
-        expected = x[b, :, 0][mask[b]].mean() if mask[b].any() else torch.tensor(0.0)
-        torch.testing.assert_close(mean, expected)
-    both, twice = plan.twice().take(torch.cat([x, -x])), plan.twice()
+    for mean, losses, z in zip(plan.mean(x[..., 0][mask]), x[..., 0], mask, strict=True):
+        close(mean, losses[z].sum() / max(1, z.sum()), 1e-6)  # float32 in another order
+    both = twice.take(torch.cat([x, -x]))
     assert torch.equal(both, torch.cat([packed, -packed]))
     assert torch.equal(twice.tokens(twice.rows(both)), both)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the copy itself needs a GPU")
 def test_bringing_keeps_every_tensor():
-    """On a GPU the tensors of different types come over as one block of bytes, and apart again."""
+    """Those of different types come over as one block of bytes, and apart again."""
     flat = [torch.arange(3), torch.tensor([True, False, True]), torch.randn(2, 2), torch.ones(0)]
-    for ours, theirs in zip(packing.bring(torch.device("cpu"), *flat), flat):
-        assert ours is theirs
-    if not torch.cuda.is_available():
-        pytest.skip("the copy itself needs a GPU")
     for ours, theirs in zip(packing.bring(torch.device("cuda", 0), *flat), flat):
         assert ours.is_cuda and torch.equal(ours.cpu(), theirs)
 
@@ -114,7 +89,7 @@ class Watch(TorchDispatchMode):
 def remember(self: recall.Recall) -> None:
     """The memory of a teacher's states on the device; to fill it, once a stage, may wait."""
     positions = () if self.flat else (1 if self.first_only else 5,)
-    self.memory = torch.zeros(len(self.inputs.ids) if self.flat else 12, *positions, 32,
+    self.memory = torch.zeros(len(self.inputs.ids) if self.flat else 20, *positions, 32,
                               device=DEVICE)
 
 
@@ -146,29 +121,24 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
         yield watch
 
 
-@pytest.mark.parametrize("match", ["hidden", "cls", "prediction", "l2", "mars"])
-@pytest.mark.parametrize("modality", ["image", "text"])
-def test_no_step_of_pretraining_waits_for_a_gpu(modality, match, gpu):
+@pytest.mark.parametrize("way", ["hidden", "cls", "prediction", "l2", "mars", *baselines.METHODS])
+@pytest.mark.parametrize("kind", ["image", "ragged"])
+def test_no_step_waits_for_a_gpu(kind, way, gpu):
+    """Of pre-training, first without a teacher, or of fine-tuning."""
     with _disable_current_modes():
-        model, inputs = tiny(modality)
-        config = settings.final(settings.Config(steps=2, batch_size=6, match=match, accumulate=2),
-                                model, 12)
+        model, inputs = tiny(kind), examples(kind)
+        config = config_of(steps=2, batch_size=10, accumulate=2, finetune_steps=2,
+                           match="hidden" if way in baselines.METHODS else way)
+        config = settings.final(config, model, 20)
+        classifier = finetune.Classifier(model.encoder, 3).to(DEVICE)
         model = model.to(DEVICE)
         teacher = copy.deepcopy(model).eval().requires_grad_(False)
-    distill.pretrain(copy.deepcopy(model), None, inputs, config, 0, Run())
-    distill.pretrain(model, teacher, inputs, config, 1, Run())
-    assert gpu.operations > 100 and not gpu.stops
-
-
-@pytest.mark.parametrize("method", baselines.METHODS)
-@pytest.mark.parametrize("modality", ["image", "text"])
-def test_no_step_of_fine_tuning_waits_for_a_gpu(modality, method, gpu):
-    with _disable_current_modes():
-        model, inputs = tiny(modality)
-        config = settings.final(settings.Config(finetune_steps=2, finetune_batch_size=6), model, 12)
-        classifier = finetune.Classifier(model.encoder, 3).to(DEVICE)
-    finetune.train(classifier, inputs, torch.arange(12) % 3, config, Run(), "row",
-                   baselines.METHODS[method])
+    if way in baselines.METHODS:
+        finetune.train(classifier, inputs, torch.arange(20) % 3, config, Run(), "row",
+                       baselines.METHODS[way])
+    else:
+        distill.pretrain(copy.deepcopy(model), None, inputs, config, 0, Run())
+        distill.pretrain(model, teacher, inputs, config, 1, Run())
     assert gpu.operations > 100 and not gpu.stops
 
 

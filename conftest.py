@@ -1,0 +1,2 @@
+"""What all tests are given."""
+from support.testing import finished, surroundings  # noqa: F401
