@@ -194,7 +194,8 @@ RESULTS = {
                        "distance"),
     "figure5c": Result("Figure 5c: distance after each round", rounds, ("flower",), "distance",
                        "round T'"),
-    "time": Result("Seconds of a stage; the paper's on one RTX 3090", algorithm_1, ("cub",), "seconds"),
+    "time": Result("Seconds of a stage; the paper's on one RTX 3090", algorithm_1, ("cub",),
+                   "seconds"),
     "datasets": Result("Tables 7 and 8: the data", None, (*pages.IMAGES, "cifar100", *pages.TEXTS)),
     "toybirds": Result("toybirds", toys, ("toybirds",)),
     "pydocs": Result("pydocs", toys, ("pydocs",))}

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 
 import distill
-
-
 from support import draws, settings
 from support.loop import batch
 from support.names import ROBERTA_FIELDS, VIT_FIELDS
