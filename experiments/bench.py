@@ -213,7 +213,7 @@ def middle(values: list[float]) -> str:
 def table(rows: list[dict], peak: float) -> list[str]:
     """Rows as Markdown; with shares of a GPU's peak and its memory, where there is one."""
     others = list(dict.fromkeys(name for row in rows for name in row["seconds"] if name != "ours"))
-    heads, lines = ["model", "step", "batch", "products", "s", "TFLOP/s"], []
+    heads, lines = ["model", "step", "batch", "computed in", "s", "TFLOP/s"], []
     heads += ["share, %", "GiB"] if peak else []
     for row in rows:
         ours = row["seconds"]["ours"]
