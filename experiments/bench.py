@@ -10,6 +10,7 @@ has what else is checked of a GPU. It is meant to take ten minutes, with --peer 
 Letters: B batch, N examples, S side.
 """
 import argparse
+import gc
 import importlib.util
 import itertools
 import math
@@ -138,6 +139,7 @@ def measure(stage: str, config: Config, turns: int, compare: bool, tiny: bool = 
     """
     gpu, plain = config.device == "cuda", replace(config, precision="fp32", compile=False)
     steps = 10 if gpu else 1  # waiting for a GPU after each would hide what it gains
+    gc.collect()  # what earlier rows left behind is not this one's
     if gpu:
         torch.cuda.reset_peak_memory_stats()
 
@@ -211,7 +213,7 @@ def middle(values: list[float]) -> str:
 def table(rows: list[dict], peak: float) -> list[str]:
     """Rows as Markdown; with shares of a GPU's peak and its memory, where there is one."""
     others = list(dict.fromkeys(name for row in rows for name in row["seconds"] if name != "ours"))
-    heads, lines = ["model", "step", "batch", "products", "s", "TFLOP/s"], []
+    heads, lines = ["model", "step", "batch", "computed in", "s", "TFLOP/s"], []
     heads += ["share, %", "GiB"] if peak else []
     for row in rows:
         ours = row["seconds"]["ours"]
@@ -266,7 +268,7 @@ def main() -> None:
     parser.add_argument("--peer", action="store_true", help="the same with transformers, too")
     args = parser.parse_args()
     if args.gpu_check and not torch.cuda.is_available():
-        raise fetch.BadInput("--gpu-check needs a GPU that CUDA sees, and here torch sees none")
+        raise fetch.BadInput("--gpu-check needs a GPU that CUDA sees, and torch sees none")
     if args.peer and not importlib.util.find_spec("transformers"):
         raise fetch.BadInput("--peer compares with transformers: pip install it, or leave it out")
     name, device = ("gpu", "cuda") if args.gpu_check else ("bench", "cpu")

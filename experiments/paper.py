@@ -32,45 +32,52 @@ from support import fetch, program, recipes, run, settings
 OWN = {"RecAdam": "recadam_t0", "MARS": "mars_radius", "R3F": "r3f_eps"}  # what a baseline adds
 
 
-def modality(dataset: str) -> str:
-    return "text" if dataset in recipes.TEXTS else "image"
+class At(NamedTuple):
+    """What a number is measured at."""
+
+    dataset: str
+    scale: str
+    seed: int
+
+    @property
+    def modality(self) -> str:
+        return "text" if self.dataset in recipes.TEXTS else "image"
+
+    @property
+    def settings(self) -> dict:
+        """Those of the scale; the paper's are the programs' defaults."""
+        path = fetch.ROOT / "results" / f"tuning-{self.modality}.json"
+        return {"init": "tiny"} | run.read_json(path)["chosen"] if self.scale == "laptop" else {}
 
 
-def chosen(dataset: str, scale: str) -> dict:
-    """The settings of a scale; the paper's are the programs' defaults."""
-    path = fetch.ROOT / "results" / f"tuning-{modality(dataset)}.json"
-    return {"init": "tiny"} | run.read_json(path)["chosen"] if scale == "laptop" else {}
-
-
-def command(file: str, dataset: str, scale: str, seed: int, teacher: str = "", note: str = "",
+def command(file: str, at: At, teacher: str = "", note: str = "",
             **changes: object) -> Words:
     """One run of a program's file, in a folder named by what is not usual: changes and note."""
-    usual = chosen(dataset, scale)
+    usual = at.settings
     idle = {name for name in usual if name in OWN.values() or (
         file != "distill.py" and name in ("steps", "batch_size", "lr"))}
-    words = [file, "--dataset", dataset]
+    words = [file, "--dataset", at.dataset]
     for name, value in (usual | changes).items():
         if name in changes or name not in idle:
             words += [program.flag(name), f"{value:g}" if isinstance(value, float) else str(value)]
     words += ["--teacher", teacher] if teacher else []
     told = "".join(f"-{name.replace('_', '-')}={value}" for name, value in changes.items()) + note
-    out = f"runs/{scale}-{file.removesuffix('.py')}-{dataset}{told}-seed{seed}"
-    return (*words, "--seed", str(seed), "--out", out)
+    out = f"runs/{at.scale}-{file.removesuffix('.py')}-{at.dataset}{told}-seed{at.seed}"
+    return (*words, "--seed", str(at.seed), "--out", out)
 
 
-def student(dataset: str, scale: str, seed: int, **changes: object) -> Words:
+def student(at: At, **changes: object) -> Words:
     """A student by other settings, of the teacher that the usual command makes."""
-    usual = command("distill.py", dataset, scale, seed)
-    return command("distill.py", dataset, scale, seed, f"{usual[-1]}/further.safetensors",
-                   **changes)
+    usual = command("distill.py", at)
+    return command("distill.py", at, f"{usual[-1]}/further.safetensors", **changes)
 
 
-def usual_steps(dataset: str, scale: str) -> int:
+def usual_steps(at: At) -> int:
     """Steps of further pre-training, where nothing else is asked for, on the published data."""
-    usual = recipes.DEFAULTS[modality(dataset), "paper"] | chosen(dataset, scale)
+    usual = recipes.DEFAULTS[at.modality, "paper"] | at.settings
     if "steps" in usual:
         return usual["steps"]
-    return usual["epochs"] * math.ceil(pages.PUBLISHED[dataset][0] / usual["batch_size"])
+    return usual["epochs"] * math.ceil(pages.PUBLISHED[at.dataset][0] / usual["batch_size"])
 
 
 # ----------------------------------------------------------------------------- the cells
@@ -85,94 +92,92 @@ class Cell(NamedTuple):
     x: int | None = None  # of a figure's axis
 
 
-def algorithm_1(dataset: str, scale: str, seed: int, **changes: object) -> list[Cell]:
+def algorithm_1(at: At, **changes: object) -> list[Cell]:
     """Figures 5a and 5b: what the usual command measures."""
-    words = command("distill.py", dataset, scale, seed, **changes)
+    words = command("distill.py", at, **changes)
     return [Cell(row, words, row)
             for row in ("fine-tuning", "further pre-training", "self-distillation")]
 
 
-def methods(dataset: str, scale: str, seed: int) -> list[Cell]:
+def methods(at: At) -> list[Cell]:
     """Tables 1 and 2: the same, and a command for each baseline; at full size every reading."""
-    cells, usual = algorithm_1(dataset, scale, seed), chosen(dataset, scale)
+    cells, usual = algorithm_1(at), at.settings
     for row, own in OWN.items():
         changes = {own: usual[own]} if own in usual else {}
-        words = command("baselines.py", dataset, scale, seed, method=row.lower(), **changes)
+        words = command("baselines.py", at, method=row.lower(), **changes)
         cells.insert(-2, Cell(row, words, row))
-    if scale == "paper":
-        words = student(dataset, scale, seed, match="hidden")
+    if at.scale == "paper":
+        words = student(at, match="hidden")
         cells.append(Cell("self-distillation, all positions", words, "self-distillation"))
-        if modality(dataset) == "image":
-            words = command("distill.py", dataset, scale, seed, **recipes.AS_RELEASED)
+        if at.modality == "image":
+            words = command("distill.py", at, **recipes.AS_RELEASED)
             cells.append(Cell("self-distillation, as released", words, "self-distillation"))
     return cells
 
 
-def ablations(dataset: str, scale: str, seed: int) -> list[Cell]:
+def ablations(at: At) -> list[Cell]:
     """Table 3, row by row."""
-    usual = command("distill.py", dataset, scale, seed)
-    twice = command("distill.py", dataset, scale, seed, rounds=0,
-                    steps=2 * usual_steps(dataset, scale))
+    usual = command("distill.py", at)
+    twice = command("distill.py", at, rounds=0, steps=2 * usual_steps(at))
     alone = {"without L_Distill": usual, "further pre-training × 2": twice}
-    rows = {"full model": usual, "without L_MAE": student(dataset, scale, seed, mae_weight=0),
+    rows = {"full model": usual, "without L_MAE": student(at, mae_weight=0),
             **alone}
     for row, match in (("prediction-matching", "prediction"), ("weight-matching, L2", "l2"),
                        ("weight-matching, MARS", "mars")):
-        rows[row] = student(dataset, scale, seed, match=match)
+        rows[row] = student(at, match=match)
     return [Cell(row, words, "further pre-training" if row in alone else "self-distillation")
             for row, words in rows.items()]
 
 
-def mae_weights(dataset: str, scale: str, seed: int) -> list[Cell]:
+def mae_weights(at: At) -> list[Cell]:
     """Table 6: λ of λ·L_MAE + L_Distill, from inside the paper's interval to far beyond it."""
-    return [Cell(f"λ = {weight:g}", command("distill.py", dataset, scale, seed) if weight == 1 else
-                 student(dataset, scale, seed, mae_weight=weight), "self-distillation")
-            for weight in (1, 0.1, 10, 100, 1000, 10_000)]
+    rows = {1: command("distill.py", at)}
+    rows |= {weight: student(at, mae_weight=weight) for weight in (0.1, 10, 100, 1000, 10_000)}
+    return [Cell(f"λ = {weight}", words, "self-distillation") for weight, words in rows.items()]
 
 
-def pretraining_steps(dataset: str, scale: str, seed: int) -> list[Cell]:
+def pretraining_steps(at: At) -> list[Cell]:
     """Figure 1: 0 steps (plain fine-tuning), then a quarter to twice the usual number: a guess."""
-    row, usual = "further pre-training", usual_steps(dataset, scale)
-    runs = {steps: command("distill.py", dataset, scale, seed, rounds=0, steps=steps)
+    row, usual = "further pre-training", usual_steps(at)
+    runs = {steps: command("distill.py", at, rounds=0, steps=steps)
             for steps in (usual // 4, usual // 2, usual, 2 * usual)}
     return [Cell(row, runs[usual], "fine-tuning", 0),
             *(Cell(row, words, row, steps) for steps, words in runs.items())]
 
 
-def train_sizes(dataset: str, scale: str, seed: int) -> list[Cell]:
+def train_sizes(at: At) -> list[Cell]:
     """Figure 3: fewer examples, labelled and unlabelled alike; 5,000 to 25,000 are a guess."""
     return [cell._replace(x=size) for size in (1000, 2500, 5000, 10000, 25000, 50000)
-            for cell in algorithm_1(dataset, scale, seed, train_size=size)]
+            for cell in algorithm_1(at, train_size=size)]
 
 
-def rounds(dataset: str, scale: str, seed: int) -> list[Cell]:
+def rounds(at: At) -> list[Cell]:
     """Figures 4 and 5c: T' rounds, of which 0 is further pre-training; that 3 are all is a guess.
 
     Algorithm 1 passes nothing from round to round but θ_0 <- θ_t-1, so round t is run as a first
     round whose teacher is the student before it; its order, masks and dropout are a first round's.
     """
-    words = command("distill.py", dataset, scale, seed)
+    words = command("distill.py", at)
     cells = [Cell("self-distillation", words, "further pre-training", 0),
              Cell("self-distillation", words, "self-distillation", 1)]
     for t in (2, 3):
-        words = command("distill.py", dataset, scale, seed, f"{words[-1]}/distilled-1.safetensors",
-                        f"-round{t}")
+        words = command("distill.py", at, f"{words[-1]}/distilled-1.safetensors", f"-round{t}")
         cells.append(Cell("self-distillation", words, "self-distillation", t))
     return cells
 
 
-def toys(dataset: str, scale: str, seed: int) -> list[Cell]:
+def toys(at: At) -> list[Cell]:
     """The programs as they are, on what needs no download: all that they measure."""
-    scratch = command("finetune.py", dataset, "paper", seed, init="random")
-    return [*algorithm_1(dataset, "paper", seed),
-            Cell("fine-tuning from random weights", scratch, "fine-tuning")]
+    at = at._replace(scale="paper")
+    scratch = command("finetune.py", at, init="random")
+    return [*algorithm_1(at), Cell("fine-tuning from random weights", scratch, "fine-tuning")]
 
 
 class Result(NamedTuple):
     """A table or figure: its cells, its data sets, what is read from a run, how it is shown."""
 
     title: str
-    cells: Callable[[str, str, int], list[Cell]] | None
+    cells: Callable[[At], list[Cell]] | None
     datasets: tuple[str, ...]
     value: str = "score"
     x: str = ""
@@ -228,7 +233,7 @@ def planned(args: argparse.Namespace) -> tuple[dict, dict, list[Cell]]:
             absent[dataset] = str(error)
     known = here | {dataset: pages.PUBLISHED[dataset] for dataset in absent if args.dry_run}
     cells = [cell for seed in range(args.seeds) for dataset in known if result.cells
-             for cell in result.cells(dataset, args.scale, seed)
+             for cell in result.cells(At(dataset, args.scale, seed))
              if result.cells != train_sizes or cell.x <= known[dataset][0]]
     if not cells and (result.cells or not known):
         raise fetch.BadInput(f"{args.name} has nothing to measure, and nothing is written: "

@@ -111,7 +111,7 @@ def measured(words: Words, method: str) -> dict:
 
 
 def gradient_ratio(words: Words) -> float:
-    """‖∂L_Distill/∂θ‖ : ‖∂L_MAE/∂θ‖ of a run's student, on its first mini-batch of training.
+    """‖∂L_Distill/∂θ‖ : ‖∂L_MAE/∂θ‖ of a run's student, on the first examples of D_u.
 
     --match is cls or hidden.
     """
@@ -121,9 +121,8 @@ def gradient_ratio(words: Words) -> float:
     teacher = kind.from_pretrained(ROOT / (config.teacher or folder / "further.safetensors"))
     data = load(config, student)
     config = settings.final(config, student, len(data.train))
-    index = draws.batch(len(data.train), config.batch_size, 0, config.seed, "order", 1)  # [B]
-    x = batch(data.train, index, torch.device("cpu"))
-    masked = distill.mask_input(student, x, config, draws.generator(config.seed, "mask", 1, 0))
+    x = batch(data.train, torch.arange(config.batch_size), torch.device("cpu"))
+    masked = distill.mask_input(student, x, config, draws.generator("ratio"))
     l1, hidden = student(x, unmasked=True, **masked)  # [B], [B, positions, D]
     compared = slice(1 if config.match == "cls" else None)
     l2 = distill.distillation_loss(hidden[:, compared], teacher.encoder(x)[:, compared])  # [B]
