@@ -296,6 +296,20 @@ def test_what_is_only_faster_or_smaller_learns_the_same(kind, match, tmp_path, m
     same_training(plain, student(), initial)
 
 
+@both
+def test_held_out_inputs_are_measured_with_masks_that_stay_and_without_dropout(modality, tmp_path):
+    initial, config, x = tiny(modality), config_of(pretrain_dropout=0.1), batch(modality)
+    teacher, student = distill.self_distill(initial, examples(modality), config,
+                                            heldout=examples(modality), run=Run(tmp_path, config))
+    line = testing.log_of(tmp_path)[-1]
+    masked = distill.mask_input(initial, x, config, draws.generator(0, "watch", 0))
+    left, whole = (distill.distillation_loss(model.encoder(x), teacher.encoder(x)).sum().item()
+                   for model in (student, initial))
+    # float32 in another order
+    assert line["heldout_mae_loss"] == pytest.approx(student.loss(x, **masked).mean().item())
+    assert line["heldout_distance"] == pytest.approx(left / whole, rel=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("c++"), reason="torch compiles with a C++ compiler")
 @both
@@ -387,9 +401,9 @@ def test_text_head_is_dense_tanh_linear_on_the_first_token():
 
 @both
 def test_fitting_equals_a_hand_written_loop(modality):
-    model, data, config = labelled(modality, finetune_warmup=0.5)
+    model, data, config = labelled(modality, finetune_warmup=0.5, dropout=0.1)
     start = finetune.new_classifier(model, list("abcd"), config)
-    mine = copy.deepcopy(start)
+    mine = copy.deepcopy(start).train()
     names = ["abcd"[label] for label in data.train_labels]
     got = finetune.fit(model, data.train, names, config, steps=6, batch_size=8, lr=1e-3)
     free = {name for name, p in mine.named_parameters() if name.endswith("bias") or (
@@ -406,6 +420,7 @@ def test_fitting_equals_a_hand_written_loop(modality):
         for i in flips.nonzero().flatten() if modality == "image" else ():
             x[i] = x[i].flip(-1)
         optimiser.zero_grad()
+        torch.manual_seed(draws.seed_of(0, "dropout", 0, step))
         F.cross_entropy(mine(x), data.train_labels[index]).backward()
         nn.utils.clip_grad_norm_(mine.parameters(), 1.0)
         optimiser.step()

@@ -29,8 +29,9 @@ from support.test_helpers import close, config_of, examples, normal, tiny
 @pytest.mark.parametrize("prob", [0.0, 0.5, 1.0])
 def test_a_plan_puts_every_token_where_it_was(prob):
     mask = torch.rand(5, 7, generator=draws.generator("a mask")) < prob
+    mask[:, 6] = True  # no row is full
     x, kept = normal(5, 7, 3), ~mask
-    kept[:, 0] = True  # no row is empty
+    kept[:, 0] = True  # and none empty
     plan = packing.plan(kept, mask, torch.device("cpu"))
     packed, twice = plan.take(x), plan.twice()
     assert torch.equal(packed, x[kept])
