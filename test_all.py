@@ -301,7 +301,7 @@ def test_held_out_inputs_are_measured_with_masks_that_stay_and_without_dropout(m
     initial, config, x = tiny(modality), config_of(pretrain_dropout=0.1), batch(modality)
     teacher, student = distill.self_distill(initial, examples(modality), config,
                                             heldout=examples(modality), run=Run(tmp_path, config))
-    line = testing.log_of(tmp_path)[-1]
+    line = test_helpers.log_of(tmp_path)[-1]
     masked = distill.mask_input(initial, x, config, draws.generator(0, "watch", 0))
     left, whole = (distill.distillation_loss(model.encoder(x), teacher.encoder(x)).sum().item()
                    for model in (student, initial))
