@@ -20,6 +20,8 @@ PALETTE = {"red": (204, 46, 46), "orange": (230, 132, 36), "yellow": (235, 212, 
 COLOURS = list(PALETTE)
 TAILS = ("square", "forked", "pointed")
 EACH = {"train": 40, "test": 50}  # pictures of a species
+FAMILIES = ("coalwing", "bluecap", "longbill", "plumfinch", "spearbeak")
+SIBLINGS = ("common", "northern", "island", "mountain")
 CANVAS = 3  # drawn at three times the size and averaged down: soft edges
 
 
@@ -153,8 +155,9 @@ def toybirds(split: str, each: int, side: int = 40) -> tuple[torch.Tensor, torch
 
 def lists(_: Path) -> Lists:
     """The data set; a picture's source is its number among those of its split."""
-    train, test = ([(i, str(i // each + 1)) for i in range(20 * each)] for each in EACH.values())
-    return Lists([str(kind + 1) for kind in range(20)], train, test)
+    names = [f"{which} {family}" for family in FAMILIES for which in SIBLINGS]  # as species are
+    train, test = ([(i, names[i // each]) for i in range(20 * each)] for each in EACH.values())
+    return Lists(names, train, test)
 
 
 def unlabelled_birds(count: int, rng: np.random.Generator, side: int = 40) -> torch.Tensor:
