@@ -23,8 +23,6 @@ from support import draws, loop, packing, recall, settings
 from support.run import Run
 from support.testing import close, config_of, examples, normal, tiny
 
-# ----------------------------------------------------------------------------- what a plan says
-
 
 @pytest.mark.parametrize("prob", [0.0, 0.5, 1.0])
 def test_a_plan_puts_every_token_where_it_was(prob):
