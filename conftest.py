@@ -1,2 +1,2 @@
 """What all tests are given."""
-from support.testing import finished, surroundings  # noqa: F401
+from support.test_helpers import finished, surroundings  # noqa: F401

@@ -31,10 +31,20 @@ import distill
 import finetune
 import mae
 import mlm
-from support import draws, loop, program, recall, settings, testing
+from support import draws, loop, program, recall, settings, test_helpers
 from support.fetch import ROOT, BadInput
 from support.run import Run
-from support.testing import batch, both, close, config_of, examples, labelled, normal, same, tiny
+from support.test_helpers import (
+    batch,
+    both,
+    close,
+    config_of,
+    examples,
+    labelled,
+    normal,
+    same,
+    tiny,
+)
 
 
 def linear(encoder: nn.Module) -> list[str]:
@@ -54,8 +64,8 @@ def readme(heading: str) -> str:
 
 def test_models_equal_hugging_faces():
     """ViTMAEForPreTraining with three mask counts, RobertaForMaskedLM with padding."""
-    model = mae.MAE.from_pretrained(testing.GOLDEN[mae.MAE])
-    expected = load_file(testing.GOLDEN[mae.MAE].with_suffix(".expected.safetensors"))
+    model = mae.MAE.from_pretrained(test_helpers.GOLDEN[mae.MAE])
+    expected = load_file(test_helpers.GOLDEN[mae.MAE].with_suffix(".expected.safetensors"))
     pictures, mask = expected["images"], expected["mask"]
     assert len(set(mask.sum(1).tolist())) == 3
     with torch.no_grad():  # float32 in another order of summation; values of size 1 to 5
@@ -63,8 +73,8 @@ def test_models_equal_hugging_faces():
         close(model.reconstruct(pictures, mask), expected["pred"], 1e-5)
         close(model.loss(pictures, mask), expected["loss_per_image_norm_pix"], 1e-5)
         close(model.loss(pictures, mask, norm_pix=False), expected["loss_per_image_raw_pix"], 1e-5)
-    model = mlm.MLM.from_pretrained(testing.GOLDEN[mlm.MLM])
-    expected = load_file(testing.GOLDEN[mlm.MLM].with_suffix(".expected.safetensors"))
+    model = mlm.MLM.from_pretrained(test_helpers.GOLDEN[mlm.MLM])
+    expected = load_file(test_helpers.GOLDEN[mlm.MLM].with_suffix(".expected.safetensors"))
     ids, attention = expected["ids"], expected["attention"]
     with torch.no_grad():  # the same
         close(model.encoder(ids), expected["hidden"], 1e-5, 1e-5)
@@ -254,7 +264,7 @@ def test_a_step_is_its_formula(kind, changes, tmp_path):
     initial, config = tiny(kind), config_of(seed=3, **changes)
     teacher = distill.self_distill(initial, examples(kind), config,
                                    run=Run(tmp_path, config))[0].requires_grad_(False)
-    line = next(line for line in testing.log_of(tmp_path) if "distill_loss" in line)
+    line = next(line for line in test_helpers.log_of(tmp_path) if "distill_loss" in line)
     assert (line["stage"], line["round"], line["step"]) == ("self-distillation", 1, 0)
     student, x = copy.deepcopy(initial), batch(kind, draws.batch(20, 6, 0, 3, "order", 1))
     L1, L2 = by_hand(student, teacher, x, draws.generator(3, "mask", 1, 0), config)
@@ -287,7 +297,7 @@ def test_held_out_inputs_are_measured_with_masks_that_stay_and_without_dropout(m
     initial, config, x = tiny(modality), config_of(pretrain_dropout=0.1), batch(modality)
     teacher, student = distill.self_distill(initial, examples(modality), config,
                                             heldout=examples(modality), run=Run(tmp_path, config))
-    line = testing.log_of(tmp_path)[-1]
+    line = test_helpers.log_of(tmp_path)[-1]
     masked = distill.mask_input(initial, x, config, draws.generator(0, "watch", 0))
     left, whole = (distill.distillation_loss(model.encoder(x), teacher.encoder(x)).sum().item()
                    for model in (student, initial))
@@ -626,7 +636,7 @@ def test_each_method_does_what_it_is_for(modality, tmp_path):
         rows[name], parts = (
             finetune.fine_tune(model, data, replace(config, accumulate=n), run, name, method=method)
             for n, run in ((1, Run(tmp_path / name, config)), (3, Run())))
-        last[name] = testing.log_of(tmp_path / name)[-1]
+        last[name] = test_helpers.log_of(tmp_path / name)[-1]
         for key in ("train_loss", "test_loss", "distance"):
             # float32 sums in another order, a few steps long
             assert parts[key] == pytest.approx(rows[name][key], rel=1e-4), (name, key)
@@ -681,7 +691,7 @@ def test_documented_commands_run(command, tmp_path, monkeypatch, capsys):
     config = program.parse(name.removesuffix(".py"), "", words)
     if config.dataset not in ("toybirds", "pydocs", "mine", "mine.jsonl") or config.predict:
         return
-    testing.run_here(" ".join([name, *words, "--smoke"]))
+    test_helpers.run_here(" ".join([name, *words, "--smoke"]))
     said = capsys.readouterr().out
     if name == "mlm.py":
         assert said.count("guesses:") > 3 and "<mask>" in said
@@ -697,7 +707,7 @@ def test_documented_commands_run(command, tmp_path, monkeypatch, capsys):
         assert np.asarray(Image.open(out / files[-1])).std() > 20  # not blank
     assert all((out / file).exists() for file in files)
     assert not (out / "checkpoint.safetensors").exists()
-    assert not rows or [row["method"] for row in testing.rows_of(out)] == rows
+    assert not rows or [row["method"] for row in test_helpers.rows_of(out)] == rows
     assert all(row in said for row in rows)
 
 
@@ -717,17 +727,17 @@ def test_a_teacher_is_taken_where_it_is_given_and_only_there(finished, tmp_path)
     foreign.mkdir()
     shutil.copy(teacher, foreign)
     with pytest.raises(BadInput, match="was not made by this run.*--teacher"):
-        testing.run_here(f"distill.py --smoke --seed 5 --out {foreign}")
-    testing.run_here(f"distill.py --smoke --out {taught} --teacher {teacher}")
-    assert testing.rows_of(taught) == testing.rows_of(finished)[2:]
-    assert len({line["stage"] for line in testing.log_of(taught)}) == 2
+        test_helpers.run_here(f"distill.py --smoke --seed 5 --out {foreign}")
+    test_helpers.run_here(f"distill.py --smoke --out {taught} --teacher {teacher}")
+    assert test_helpers.rows_of(taught) == test_helpers.rows_of(finished)[2:]
+    assert len({line["stage"] for line in test_helpers.log_of(taught)}) == 2
     made = {path.name for path in taught.glob("*.safetensors")}
     assert made == {"distilled-1.safetensors", "finetuned-self-distillation.safetensors"}
     assert all(same(load_file(taught / name), load_file(finished / name)) for name in made)
 
 
 def test_frozen_features_are_probed_a_line_a_model(finished, capsys):
-    testing.run_here(f"distill.py --smoke --out {finished} --probe")
+    test_helpers.run_here(f"distill.py --smoke --out {finished} --probe")
     told = capsys.readouterr().out.partition("frozen features")[2].splitlines()[1:]
     assert [re.split("  +", line)[0] for line in told] == [
         "initial weights", "further pre-training", "self-distillation, 1"]
@@ -737,14 +747,14 @@ def test_frozen_features_are_probed_a_line_a_model(finished, capsys):
 def test_predictions_are_a_table_of_probabilities(modality, tmp_path, capsys):
     """`finetune.py --predict` writes what `Classifier.predict` says of paths or of strings."""
     dataset = {"image": "toybirds", "text": "pydocs"}[modality]
-    testing.run_here(f"finetune.py --smoke --dataset {dataset} --out {tmp_path}")
+    test_helpers.run_here(f"finetune.py --smoke --dataset {dataset} --out {tmp_path}")
     path = tmp_path / "finetuned-fine-tuning.safetensors"
     classifier = finetune.Classifier.from_pretrained(path)
     inputs, source = ["Return the sum.", "Open a file."], tmp_path / "new.txt"
     source.write_text("\n".join(inputs))
     if modality == "image":
         inputs = own_pictures(source := tmp_path / "new", *classifier.classes)
-    testing.run_here(f"finetune.py --init {path} --predict {source}")
+    test_helpers.run_here(f"finetune.py --init {path} --predict {source}")
     with open(tmp_path / "predictions-new.csv", newline="", encoding="utf-8") as file:
         heading, *rows = csv.reader(file)
     assert heading[1:] == ["class", *classifier.classes]

@@ -1,254 +1,205 @@
-"""What a step costs: seconds, arithmetic and memory, and the same written with transformers.
+"""What a step costs, and the same step with transformers; with --gpu-check all that proves a GPU.
 
-    python -m experiments.bench --peer                  # ViT-B/16 and RoBERTa-base
-    python -m experiments.bench --size tiny --steps 3   # models of the bundled sizes, in minutes
+    python -m experiments.bench --peer              # on a CPU: results/bench.md and .json
+    python -m experiments.bench --gpu-check --peer  # on a GPU: results/gpu.md and .json
 
-writes results/bench.md and .json (bench-tiny.*); a run on a GPU keeps what a CPU measured.
-`distill.pretrain` and `finetune.train` run as they are: torch calls a `Turns` after every step.
+`distill.pretrain` and `finetune.train` run as they are, with the programs' settings, on ViT-B/16
+and RoBERTa-base: torch calls back after every step, and enough of them end the loop. gpu_check.py
+has what else is checked of a GPU. It is meant to take ten minutes, with --peer some more.
 
-Letters: B batch, K positions, D width, N examples, S side.
+Letters: B batch, N examples, S side.
 """
 import argparse
+import gc
 import importlib.util
-import multiprocessing
-import re
+import itertools
+import math
+import os
 import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
-from typing import NamedTuple
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.flop_counter import FlopCounterMode
 
 import distill
 import finetune
-import mae
-import mlm
-from experiments import repeat
-from experiments.paper import MODELS
-from support import draws, program, settings
-from support.loop import batch
-from support.run import Run, read_json, write_json
+from experiments import gpu_check, pages, runs
+from experiments.peers import BATCHES, Peer
+from support import draws, fetch, program, recipes, settings
+from support.run import Run, write_json
+from support.settings import Config
 from support.texts import Texts
 
-STAGES = ("further pre-training", "self-distillation, teacher live",
-          "self-distillation, teacher remembered", "fine-tuning")
-CLASSES = 100
+STAGES = ("further pre-training", "self-distillation", "fine-tuning")
+# What a step needs, in GFLOP, two a multiply-add: a 224 px picture by ViT-B/16 with γ = 0.75, and a
+# text of 72 tokens by RoBERTa-base (0.56, 1.08 and 0.52 a token). What is trained costs thrice its
+# forward pass (encoder 35.1, of a quarter of the patches 8.6, decoder 10.5; a token 0.175); a
+# remembered teacher costs nothing.
+GFLOP = {"image": (58, 164, 105), "text": (40, 78, 37)}
+USUAL = {"image": 64, "text": 128}  # the paper's batches; fine-tuning has 32
+TURNS = 7  # so often a step is measured
+# dense bf16 peaks with float32 sums, TFLOP/s
+PEAKS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "RTX 3090": 71, "RTX 4090": 165}
 
 # ----------------------------------------------------------------------------- our steps
 
 
-class Case(NamedTuple):
-    """What is measured: a stage of a model, and how many steps of it."""
+def begin(config: Config, tiny: bool = False) -> tuple[nn.Module, Config, object]:
+    """A model of the paper's size or the bundled one's, final settings, and random examples.
 
-    modality: str
-    size: str  # base: the paper's model; tiny: as the bundled weights
-    stage: str
-    steps: int
-
-
-def begin(case: Case, seed: int = 0) -> tuple[nn.Module, settings.Config, object]:
-    """A model with random weights, the programs' settings for it, and the examples.
-
-    Pictures are random, and texts of 16 to 128 tokens. The batch is the paper's on a GPU, else 8. A
-    teacher is remembered where every example is seen at least once: N decides.
+    Texts have 16 to 128 tokens. Every example is seen often, so that a teacher is remembered.
     """
-    kind, image = MODELS[case.modality], case.modality == "image"
-    tiny = kind.from_pretrained("tiny").config
-    model = kind(tiny if case.size == "tiny" else type(tiny)(), draws.generator("bench", seed))
-    B = 32 if case.stage == "fine-tuning" else 64 if image else 128
-    B = B if torch.cuda.is_available() else 8
-    N = case.steps * B + (case.stage == STAGES[1])
-    config = settings.final(settings.Config(
-        steps=case.steps, finetune_steps=case.steps, batch_size=B, finetune_batch_size=B,
-        mask_prob=0.75 if image else 0.15), model, N)
-    draw = draws.generator("bench inputs")
-    if image:
+    kind, N = runs.MODELS[config.modality], BATCHES * config.batch_size
+    sizes = kind.from_pretrained("tiny").config
+    model = kind(sizes if tiny else type(sizes)(), draws.generator("bench"))
+    config, draw = settings.final(config, model, N), draws.generator("bench inputs")
+    if config.modality == "image":
         shape = N, 3, model.config.image_size, model.config.image_size
         return model, config, torch.randint(256, shape, dtype=torch.uint8, generator=draw)
     lengths = torch.randint(16, 129, (N,), generator=draw)  # [N]
     offsets = nn.functional.pad(lengths.cumsum(0), (1, 0))  # [N+1]
-    ids = torch.randint(4, tiny.vocab_size - 1, (int(offsets[-1]),), generator=draw)
+    ids = torch.randint(4, sizes.vocab_size - 1, (int(offsets[-1]),), generator=draw)
     ids[offsets[:-1]], ids[offsets[1:] - 1] = 0, 2  # <s>, </s>
-    return model, config, Texts(ids, offsets, tiny.pad_id)
+    return model, config, Texts(ids, offsets, sizes.pad_id)
 
 
-def carry_out(case: Case) -> None:
-    """The project's own loop over the case's steps."""
-    model, config, inputs = begin(case)
-    if case.stage == "fine-tuning":
-        model.encoder.dropout.p, labels = config.dropout, torch.arange(len(inputs)) % CLASSES
-        tuned = finetune.Classifier(model.encoder, CLASSES).to(settings.device(config))
-        finetune.train(tuned, inputs, labels, config, Run(), case.stage)
-    elif case.stage == "further pre-training":
-        distill.pretrain(model, None, inputs, config, 0, Run())
-    else:
-        teacher, _, _ = begin(case, seed=1)
-        teacher.to(settings.device(config)).eval().requires_grad_(False)
-        distill.pretrain(model, teacher, inputs, config, 1, Run())
+def carry_out(stage: str, config: Config, tiny: bool = False) -> None:
+    """The project's own loop over the steps of a stage."""
+    model, config, inputs = begin(config, tiny)
+    if stage == "fine-tuning":
+        tuned = finetune.new_classifier(model, list("0123456789"), config)
+        finetune.train(tuned, inputs, torch.arange(len(inputs)) % 10, config, Run(), stage)
+        return
+    learner, teacher = distill.learner(model, config), None
+    if stage == "self-distillation":
+        teacher = model.to(settings.device(config)).eval().requires_grad_(False)
+    distill.pretrain(learner, teacher, inputs, config, 1 if teacher else 0, Run())
 
 
-# ----------------------------------------------------------------------------- taking turns
-
-
-class Turns:
-    """After every few of our steps, reads a clock and lets the others do as many.
-
-    clock: seconds, or FLOPs, since some time. taken: what a step took, turn by turn.
-    """
-
-    def __init__(self, clock: Callable[[], float], turn: int,
-                 others: dict[str, Callable[[int], object]]) -> None:
-        self.clock, self.turn, self.others, self.step, self.busy = clock, turn, others, 0, False
-        self.taken, self.began = {name: [] for name in ("ours", *others)}, clock()
-
-    def __call__(self, *_: object) -> None:
-        self.step += not self.busy  # else it was another's optimiser
-        if not self.busy and self.step % self.turn == 0:
-            self.busy = True
-            self.note("ours")
-            for name, other in self.others.items():
-                for step in range(self.step - self.turn, self.step):
-                    other(step)
-                self.note(name)
-            self.busy = False
-
-    def note(self, name: str) -> None:
-        self.taken[name].append((self.clock() - self.began) / self.turn)
-        self.began = self.clock()
-
-
-def by_turns(case: Case, clock: Callable[[], float], turn: int,
-             others: dict[str, Callable[[int], object]]) -> dict[str, list[float]]:
-    """What a step of ours and of the others took, turn by turn; the first only warms up."""
-    turns = Turns(clock, turn, others)
-    hook = register_optimizer_step_post_hook(turns)
-    carry_out(case)
-    hook.remove()
-    return {name: values[1:] for name, values in turns.taken.items()}
+class Enough(Exception):
+    """So many steps were taken as were asked for."""
 
 
 def now() -> float:
-    """Seconds, once the device has done all that it was given."""
+    """Seconds, once a GPU has done all that it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def peak_memory(case: Case) -> int:
-    """Bytes that a case takes at most, on the GPU or of this process; 0 if nobody tells."""
-    carry_out(case)
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")  # of Linux
-    found = re.search(r"VmHWM:\s+(\d+)", status.read_text() if status.exists() else "VmHWM: 0")
-    return 1024 * int(found[1])
+def by_turns(loop: Callable[[], None], turns: int, steps: int,
+             others: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """Seconds of a step of a loop, and of others that do as many in turn with it, turn by turn.
 
-
-def measure(case: Case, turn: int, with_peer: bool = False) -> dict:
-    """A row: what a step of ours and of transformers takes, and the machine's FLOP/s, by turns."""
-    model, config, _ = begin(case)
-    where, others = settings.device(config), {"transformers": Peer(case)} if with_peer else {}
-    n = 8192 if where.type == "cuda" else 4 * model.config.width
-    dtype = torch.bfloat16 if settings.uses_bf16(config) else torch.float32
-    a, b, c = (torch.randn(n, n, device=where).to(dtype) for _ in range(3))  # [n, n]
-    seconds = by_turns(case, now, turn, {**others, "product": lambda _: torch.mm(a, b, out=c)})
-    # fused attention is not counted everywhere; written out it is
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        flops = by_turns(case, counter.get_total_flops, turn, others)
-    print(f"{case.modality}, {case.stage}: {middle(seconds['ours'])} s a step", flush=True)
-    return {"model": case.modality, "stage": case.stage, "batch": config.batch_size,
-            "peak": [2 * n**3 / s for s in seconds["product"]],
-            **{name: {"seconds": seconds[name], "flops": flops[name]} for name in flops}}
-
-
-# ----------------------------------------------------------------------------- transformers
-
-
-class Peer:
-    """The same steps with transformers' models and losses and torch's AdamW, as they are used.
-
-    Every position is predicted, texts are padded, and the teacher runs in every step. Batches and
-    masks are ours and at hand, but of pictures exactly three quarters are masked.
+    A turn has so many steps; one more than is told comes first and only warms up.
     """
+    taken, done, busy, began = {name: [] for name in ("ours", *others)}, 0, False, now()
 
-    def __init__(self, case: Case) -> None:
-        import transformers as hub  # whoever compares has installed it
-        self.case, (ours, self.config, inputs) = case, begin(case)
-        text, tunes, sizes = case.modality == "text", case.stage == "fine-tuning", ours.config
-        if text:
-            kind = hub.RobertaForSequenceClassification if tunes else hub.RobertaForMaskedLM
-            about = hub.RobertaConfig(vocab_size=sizes.vocab_size, type_vocab_size=1)
-        else:
-            kind = hub.ViTForImageClassification if tunes else hub.ViTMAEForPreTraining
-            about = (hub.ViTConfig if tunes else hub.ViTMAEConfig)(
-                image_size=sizes.image_size, patch_size=sizes.patch_size)
-        for name, theirs in (mlm if text else mae).HUB_FIELDS.items():
-            setattr(about, theirs, getattr(sizes, name))
-        about.num_labels, about.norm_pix_loss, about._attn_implementation = CLASSES, True, "sdpa"
-        about.hidden_dropout_prob = self.config.dropout if tunes else sizes.dropout
-        about.attention_probs_dropout_prob = about.hidden_dropout_prob if text else 0.0
-        where = settings.device(self.config)
-        self.model, self.teacher = kind(about).to(where), kind(about).to(where).eval()
-        self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
-        self.batches = [self.drawn(ours, inputs, step) for step in range(case.steps)]
+    def note(name: str) -> None:
+        nonlocal began
+        taken[name].append((now() - began) / steps)
+        began = now()
 
-    def drawn(self, model: nn.Module, inputs: object, step: int) -> tuple[Tensor, dict]:
-        """The mini-batch that our loop draws for a step, and what their model is called with."""
-        config, tunes = self.config, self.case.stage == "fine-tuning"
-        stream, t = "labelled order" if tunes else "order", int(self.case.stage in STAGES[1:3])
-        index = draws.batch(len(inputs), config.batch_size, step, config.seed, stream, t)  # [B]
-        x = batch(inputs, index, settings.device(config))  # [B, 3, S, S] or [B, K]
-        told = {"input_ids": x, "attention_mask": x != 1} if x.ndim == 2 else {"pixel_values": x}
-        if tunes:
-            return x, told | {"labels": (index % CLASSES).to(x.device)}
-        draw = draws.generator(config.seed, "mask", t, step)
-        masked = distill.mask_input(model, x, config, draw)
-        if x.ndim == 4:
-            return x, told | {"noise": masked["mask"].float()}
-        return x, told | {"input_ids": masked["corrupted"],
-                          "labels": x.masked_fill(~masked["mask"], -100)}
+    def after_step(*_: object) -> None:
+        nonlocal done, busy
+        done += not busy  # else it was another's optimiser
+        if busy or done % steps:
+            return
+        busy = True
+        note("ours")
+        for name, other in others.items():
+            for _ in range(steps):
+                other()
+            note(name)
+        busy = False
+        if len(taken["ours"]) > turns:
+            raise Enough
 
-    def hidden(self, model: nn.Module, x: Tensor) -> Tensor:
-        """Hidden states [B, 1+K, D] or [B, K, D] of unmasked input, zero at padding."""
-        if x.ndim == 2:
-            return model.roberta(x, x != 1).last_hidden_state * (x != 1)[..., None]
-        order = torch.arange((x.shape[2] // model.config.patch_size)**2, device=x.device)  # [K]
-        model.config.mask_ratio, usual = 0.0, model.config.mask_ratio
-        states = model.vit(x, noise=order.expand(len(x), -1)).last_hidden_state
-        model.config.mask_ratio = usual
-        return states
+    hook = register_optimizer_step_post_hook(after_step)
+    try:
+        loop()
+    except Enough:
+        return {name: values[1:] for name, values in taken.items()}
+    finally:
+        hook.remove()
 
-    def __call__(self, step: int) -> None:
-        """One step of training."""
-        x, told = self.batches[step]
-        with settings.autocast(self.config):
-            loss = self.model(**told).loss
-            if self.case.stage in STAGES[1:3]:
-                with torch.no_grad():
-                    target = self.hidden(self.teacher, x)
-                loss = loss + distill.distillation_loss(self.hidden(self.model, x), target).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimiser.step()
-        self.optimiser.zero_grad()
+
+# ----------------------------------------------------------------------------- what is measured
+
+
+def measure(stage: str, config: Config, turns: int, compare: bool, tiny: bool = False) -> dict:
+    """A row: seconds of a step, the GFLOP that it needs, and the most of a GPU's memory.
+
+    compare: with transformers, set as ours is and, on a GPU, first as most people run it.
+    """
+    gpu, plain = config.device == "cuda", replace(config, precision="fp32", compile=False)
+    steps = 10 if gpu else 1  # waiting for a GPU after each would hide what it gains
+    gc.collect()  # what earlier rows left behind is not this one's
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+
+    def loop() -> None:
+        carry_out(stage, config, tiny)
+
+    row = {"model": config.modality, "step": stage, "batch": config.batch_size,
+           "products": settings.products(config) + ", compiled" * config.compile,
+           "seconds": by_turns(loop, 1 if compare else turns, steps, {}),
+           "gflop": GFLOP[config.modality][STAGES.index(stage)] * config.batch_size,
+           "bytes": torch.cuda.max_memory_allocated() if gpu else 0}
+    if compare:
+        ways = {"eager, float32": (plain, "eager")} if gpu else {}
+        ways |= {"sdpa, as ours": (config, "sdpa")}
+        others = {name: Peer(stage, *begin(how, tiny), attention)
+                  for name, (how, attention) in ways.items()}
+        row["seconds"] = by_turns(loop, turns, steps, others)
+    print(*list(row.values())[:4], f"{middle(row['seconds']['ours'])} s", flush=True)
+    return row
+
+
+def measured(device: str, compare: bool) -> list[dict]:
+    """All rows: batches of 8, on a GPU the paper's and four times as much, eager and compiled."""
+    rows = []
+    for (modality, usual), stage in itertools.product(USUAL.items(), STAGES):
+        usual, ways = 32 if stage == "fine-tuning" else usual, [(8, False)]
+        if device == "cuda":
+            ways = itertools.product((usual, 4 * usual), (False, True))
+        for size, compiled in ways:
+            config = Config(gpu_check.TOYS[modality], device=device, compile=compiled,
+                            batch_size=size, finetune_batch_size=size)
+            beside = compare and (size, compiled) in ((8, False), (usual, True))
+            try:
+                rows.append(measure(stage, config, TURNS, beside))
+            except torch.OutOfMemoryError:
+                print(f"{modality}, {stage}: no memory for batches of {size}")
+    return rows
+
+
+def peak() -> float:
+    """TFLOP/s of the GPU by its name; where that is not known, of a large product of matrices."""
+    for name, rate in PEAKS.items():
+        if name in torch.cuda.get_device_name():
+            return rate
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)  # [n, n]
+    a.mm(a)  # warms up
+    began = now()
+    for _ in range(10):
+        a.mm(a)
+    return 10 * 2e-12 * 8192**3 / (now() - began)
 
 
 # ----------------------------------------------------------------------------- the page
 
 RULES = """\
 Steps of `distill.pretrain` and `finetune.train` with the programs' settings, on random weights,
-pictures and texts; in turn with them the same with transformers, and a large product of matrices,
-so that ratios compare neighbours in time. Medians over the turns, with quartiles. FLOPs are those
-of all products that were done, as torch counts them; their share is of what the large product
-reaches. GiB: the most that two steps take in a process of their own, on a GPU or in all."""
+pictures and texts; in turn with them the same with transformers, so that ratios compare neighbours
+in time. Medians over the turns, with quartiles. TFLOP/s count what a step needs, whatever else is
+computed: 58 GFLOP a picture of further pre-training, 164 of self-distillation with a remembered
+teacher, 105 of fine-tuning; 0.56, 1.08 and 0.52 a token."""
 
 
 def middle(values: list[float]) -> str:
@@ -259,61 +210,84 @@ def middle(values: list[float]) -> str:
     return f"{median:.3g} ({low:.3g}–{high:.3g})"
 
 
+def table(rows: list[dict], peak: float) -> list[str]:
+    """Rows as Markdown; with shares of a GPU's peak and its memory, where there is one."""
+    others = list(dict.fromkeys(name for row in rows for name in row["seconds"] if name != "ours"))
+    heads, lines = ["model", "step", "batch", "computed in", "s", "TFLOP/s"], []
+    heads += ["share, %", "GiB"] if peak else []
+    for row in rows:
+        ours = row["seconds"]["ours"]
+        rate = row["gflop"] / 1000 / statistics.median(ours)
+        cells = [row["model"], row["step"], str(row["batch"]), row["products"], middle(ours),
+                 f"{rate:.3g}"]
+        cells += [f"{100 * rate / peak:.3g}", f"{row['bytes'] / 2**30:.3g}"] if peak else []
+        for name in others:
+            theirs = row["seconds"].get(name, [])
+            faster = [b / a for a, b in zip(ours, theirs)]
+            cells += [middle(theirs), f"{middle(faster)} ×"] if theirs else ["–", "–"]
+        lines.append(cells)
+    for name in others:
+        heads += [f"transformers, {name}: s", "ours is faster"]
+    return pages.grid(heads, lines)
+
+
+def column(rows: list[dict]) -> list[str]:
+    """The paper's run on CUB by the fastest steps at its batches, beside the paper's minutes."""
+    lines, recipe = [], recipes.DEFAULTS["image", "paper"]
+    for stage, theirs in pages.SECONDS.items():
+        prefix = "finetune_" * (stage == "fine-tuning")
+        steps, size = recipe[f"{prefix}steps"], recipe[f"{prefix}batch_size"]
+        ours = min([statistics.median(row["seconds"]["ours"]) for row in rows
+                    if (row["model"], row["step"], row["batch"]) == ("image", stage, size)],
+                   default=math.nan)
+        lines.append([stage, f"{steps} of {size}", f"{steps * ours / 60:.1f}",
+                      f"{theirs / 60:.1f}"])
+    return pages.grid(["", "steps", "here, min", "the paper, RTX 3090, min"], lines)
+
+
 def page(record: dict) -> str:
     """The Markdown page, from nothing but the record."""
-    lines = ["# bench", "", RULES]
-    for device, found in record.items():
-        peaks = middle([peak / 1e12 for row in found["rows"] for peak in row["peak"]])
-        heads = ["model", "step", "batch", "GiB", "s", "TFLOP", "share, %"]
-        if found["peer"]:
-            heads += ["transformers: s", "TFLOP", "share, %", "ours is faster"]
-        lines += ["", f"## {'GPU' if device == 'cuda' else 'CPU'}", "",
-                  f"`{found['command']}`: {found['machine']}{found['peer']}. The large product: "
-                  f"{peaks} TFLOP/s.", "", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-        for row in found["rows"]:
-            sides = [row[name] for name in ("ours", "transformers") if name in row]
-            cells = [row["model"], row["stage"], str(row["batch"]),
-                     f"{row['bytes'] / 2**30:.3g}" if row["bytes"] else "–"]
-            for side in sides:
-                turns = zip(side["flops"], side["seconds"], row["peak"])
-                cells += [middle(side["seconds"]), f"{statistics.median(side['flops']) / 1e12:.3g}",
-                          middle([100 * f / s / peak for f, s, peak in turns])]
-            for ours, theirs in zip(sides, sides[1:]):
-                pairs = zip(ours["seconds"], theirs["seconds"])
-                cells.append(f"{middle([b / a for a, b in pairs])} ×")
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-# ----------------------------------------------------------------------------- the program
+    lines = [f"# {record['name']}", "", f"`{record['command']}`: {record['machine']}, "
+             f"{record['minutes']:.0f} minutes.", ""]
+    if record["checks"]:
+        checks = [[f"`{line['name']}`", line["what"], "; ".join(
+            f"{name} {value:.2g}" for name, value in line["told"].items()) or
+            f"**FAILS**: {line['failed']}"] for line in record["checks"]]
+        lines += [*pages.grid(["check", "what holds", "measured"], checks), ""]
+    lines += [RULES + f" Shares are of {record['peak']:.0f} TFLOP/s." * bool(record["peak"]), "",
+              *table(record["rows"], record["peak"])]
+    if record["checks"]:
+        lines += ["", "What this makes of the paper's run on CUB:", "", *column(record["rows"])]
+    return "\n".join([*lines, ""])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu-check", action="store_true", help="all that only a GPU can show")
     parser.add_argument("--peer", action="store_true", help="the same with transformers, too")
-    parser.add_argument("--size", choices=("base", "tiny"), default="base", help="of the models")
-    parser.add_argument("--steps", type=int, default=7, help="turns; on a GPU one has 10 steps")
-    parser.add_argument("--out", type=Path, default=repeat.ROOT / "results", help="of the page")
     args = parser.parse_args()
+    if args.gpu_check and not torch.cuda.is_available():
+        raise fetch.BadInput("--gpu-check needs a GPU that CUDA sees, and torch sees none")
     if args.peer and not importlib.util.find_spec("transformers"):
-        parser.error("--peer compares with transformers: pip install it, or leave out --peer")
-    device, rows = settings.device(settings.Config()).type, []
-    turn = 10 if device == "cuda" else 1  # waiting for a GPU after each step hides what it gains
-    for modality in MODELS:
-        for stage in STAGES:
-            case = Case(modality, args.size, stage, (1 + args.steps) * turn)
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-                held = fresh.submit(peak_memory, case._replace(steps=2)).result()
-            rows.append(measure(case, turn, args.peer) | {"bytes": held})
-    peer = f", transformers {sys.modules['transformers'].__version__}" if args.peer else ""
-    path = args.out / f"bench{'-tiny' * (args.size == 'tiny')}.json"
-    record = read_json(path) if path.exists() else {}
-    record[device] = {"command": f"python -m experiments.bench {shlex.join(sys.argv[1:])}",
-                      "machine": repeat.machine(), "peer": peer, "rows": rows}
-    write_json(record, path)
-    path.with_suffix(".md").write_text(page(record), encoding="utf-8")
-    print(f"\n{page(record)}\nwrote {path.with_suffix('.md')}")
+        raise fetch.BadInput("--peer compares with transformers: pip install it, or leave it out")
+    name, device = ("gpu", "cuda") if args.gpu_check else ("bench", "cpu")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the start: the same bits
+    torch._dynamo.config.recompile_limit = 64  # of one layer's code, for all sizes of models
+    began, machine = time.monotonic(), runs.machine()
+    checks = [gpu_check.attempt(check, device) for check in gpu_check.CHECKS * args.gpu_check]
+    rows = measured(device, args.peer)
+    if args.peer:
+        machine += f", transformers {sys.modules['transformers'].__version__}"
+    record = {"name": name, "command": f"python -m experiments.bench {shlex.join(sys.argv[1:])}",
+              "machine": machine, "minutes": (time.monotonic() - began) / 60, "checks": checks,
+              "peak": peak() if args.gpu_check else 0, "rows": rows}
+    path = fetch.ROOT / "results" / f"{name}.md"
+    write_json(record, path.with_suffix(".json"))
+    path.write_text(page(record), encoding="utf-8")
+    print(f"\n{page(record)}\nwrote {path}")
+    if failed := [check["name"] for check in checks if check["failed"]]:
+        raise OSError(f"{', '.join(failed)} failed, and {path} says why")
 
 
 if __name__ == "__main__":

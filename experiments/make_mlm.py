@@ -6,8 +6,7 @@ and comments of the modules that the data set `pydocs` does not read. A second p
 text's words from `<s>` alone: plain MLM leaves that token idle, and fine-tuning, which reads it,
 then stays at the most frequent class for hundreds of steps.
 
-    python -m experiments.make_mlm --out trial --steps 300          # a trial
-    python -m experiments.make_mlm                                  # the bundled files
+    python -m experiments.make_mlm  # --trial --out FOLDER: a hundredth of the steps
 """
 import argparse
 import ast
@@ -20,14 +19,17 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch.nn.functional import nll_loss
 
+import distill
 import mlm
 from mlm import MLM, Config
+from support import settings
 from support.fetch import ROOT
 from support.texts import PYDOCS, Texts, stdlib
+from support.watch import Sample
 
 VOCABULARY, LENGTH, BATCH = 2000, 128, 32
+STEPS = 8000, 1200  # of plain MLM, and with words guessed from `<s>`
 LR, FIRST_LR, WARMUP, GAMMA = 1e-3, 5e-4, 0.02, 0.15  # warm-up: share of the steps
 EARLY, EARLY_GAMMA = 0.4, 0.4  # this share of the steps first, with a higher mask probability
 
@@ -97,21 +99,17 @@ def corpus(lines: list[str], tokenizer: Tokenizer) -> Texts:
     return Texts(flat, offsets, pad_id=1)
 
 
-def log_frequency(model: MLM, train: Texts) -> torch.Tensor:
-    """Logarithm of each token's share [V] of the training text; special tokens are never masked."""
-    counts = torch.bincount(train.ids.long(), minlength=VOCABULARY).float()
-    counts[list(model.config.special_ids)] = 0
-    return ((counts + 0.1) / (counts + 0.1).sum()).log()
-
-
 @torch.no_grad()
-def initialise(model: MLM, unigram: torch.Tensor) -> None:
+def initialise(model: MLM, train: Texts) -> None:
     """A start that shortens the long plateau where a small model knows nothing but frequencies.
 
-    The head's bias knows them from the start, weights are as large as a width of 128 asks for
-    (RoBERTa's 0.02 suits 768), and positions are sinusoids, so that neighbours are easy to find.
+    The head's bias knows them from the start, but of special tokens, which are never masked;
+    weights are as large as a width of 128 asks for (RoBERTa's 0.02 suits 768), and positions are
+    sinusoids, so that neighbours are easy to find.
     """
-    model.head.bias.copy_(unigram)
+    counts = torch.bincount(train.ids.long(), minlength=VOCABULARY).float()  # [V]
+    counts[list(model.config.special_ids)] = 0
+    model.head.bias.copy_(((counts + 0.1) / (counts + 0.1).sum()).log())
     model.encoder.word.weight.mul_(2)
     for module in [*model.encoder.blocks.modules(), model.head.dense]:
         if isinstance(module, torch.nn.Linear):
@@ -119,24 +117,6 @@ def initialise(model: MLM, unigram: torch.Tensor) -> None:
     rows, width = model.encoder.position.weight.shape
     angle = torch.arange(rows)[:, None] / 1000 ** (torch.arange(width // 2) * 2 / width)
     model.encoder.position.weight.copy_(0.06 * torch.cat([angle.sin(), angle.cos()], 1))
-
-
-@torch.no_grad()
-def evaluate(model: MLM, unigram: torch.Tensor, held: Texts) -> str:
-    """Cross-entropy and accuracy on masked held-out tokens, beside guessing by frequency alone."""
-    model.eval()
-    generator = torch.Generator().manual_seed(0)
-    found, truth = [], []
-    for index in torch.arange(len(held)).split(256):
-        ids = held[index]  # [B, K]
-        z = model.draw_mask(ids, GAMMA, generator)  # [B, K]
-        found.append(model.logits(ids.masked_fill(z, VOCABULARY - 1))[z].log_softmax(-1))  # [M, V]
-        truth.append(ids[z])  # [M]
-    logp, truth = torch.cat(found), torch.cat(truth)
-    told = [f"{nll_loss(guess, truth):.3f}, {(guess.argmax(-1) == truth).double().mean():.1%}"
-            for guess in (logp, unigram.expand(len(truth), -1))]
-    return (f"held-out masked tokens: loss, accuracy {told[0]}; by frequency alone: {told[1]} "
-            f"({len(truth)} tokens)")
 
 
 def words_from_first(model: MLM, ids: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
@@ -152,10 +132,10 @@ def fit(model: MLM, train: Texts, steps: int, lr: float, generator: torch.Genera
     """Line 10's loss alone, or with `first` plus that of the words guessed from `<s>`; in place."""
     # so small a model does not overfit a million tokens: dropout would only slow it
     model.encoder.dropout.p = 0.0
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.}]
-    optimiser = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
+    config = settings.Config(lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    optimiser = distill.adamw(model, config)
+    for group in optimiser.param_groups:
+        group["eps"] = 1e-6
     warmup = max(1, int(WARMUP * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(
         (step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps)))
@@ -181,14 +161,13 @@ def fit(model: MLM, train: Texts, steps: int, lr: float, generator: torch.Genera
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=8000, help=f"of {BATCH} sequences")
-    parser.add_argument("--first-token-steps", type=int, default=1200)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--trial", action="store_true", help="a hundredth of the steps")
     parser.add_argument("--out", type=Path, default=ROOT / "weights")
     flags = parser.parse_args()
+    steps, first_token_steps = (n // (100 if flags.trial else 1) for n in STEPS)
     torch.set_num_threads(1)
-    torch.manual_seed(flags.seed)
-    generator = torch.Generator().manual_seed(flags.seed)
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
 
     lines = list(pydocs_other())
     tokenizer = make_tokenizer(lines)
@@ -203,18 +182,16 @@ def main() -> None:
     print(f"{len(lines)} texts, {len(train)} sequences, {len(train.ids)} tokens; "
           f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
 
-    unigram = log_frequency(model, train)  # [V]
-    initialise(model, unigram)
-    fit(model, train, flags.steps, LR, generator)
-    print(evaluate(model, unigram, held))
-    fit(model, train, flags.first_token_steps, FIRST_LR, generator, first=True)
-    result = evaluate(model, unigram, held)
+    initialise(model, train)
+    unseen = Sample(held, model, settings.Config("pydocs", mask_prob=GAMMA), distill.mask_input)
+    fit(model, train, steps, LR, generator)
+    print(f"held-out L_MAE {unseen.mae_loss(model):.3f}")
+    fit(model, train, first_token_steps, FIRST_LR, generator, first=True)
+    result = f"held-out L_MAE {unseen.mae_loss(model):.3f}"
     print(result)
-    flags.out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(flags.out / "tokenizer.json"))
-    corpus_note = f"standard library of Python {sys.version.split()[0]}"
-    model.save(flags.out / "tiny-mlm.safetensors", corpus=corpus_note, seed=str(flags.seed),
-               steps=f"{flags.steps} + {flags.first_token_steps}", result=result)
+    model.save(flags.out / "tiny-mlm.safetensors", seed="0", result=result,
+               corpus=f"standard library of Python {sys.version.split()[0]}",
+               steps=f"{steps} + {first_token_steps}")
 
 
 if __name__ == "__main__":

@@ -3,21 +3,21 @@
 A record is what results/<name>.json holds. Everything here is computed from it alone, so a page can
 be made again without the runs.
 """
-import math
+import itertools
 import statistics
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
-from experiments import repeat
+from support import recipes
 
 # ----------------------------------------------------------------------------- what the paper says
 
-IMAGES = ("aircraft", "cub", "chest_xray", "dtd", "dogs", "flower")  # Tables 1 and 7, in order
-TEXTS = ("chemprot", "acl_arc", "scierc", "twitter_emotion")  # Tables 2 and 8
+IMAGES, TEXTS = recipes.IMAGES[:6], recipes.TEXTS[:4]  # Tables 1 and 7, 2 and 8, in their order
 NAMES = {"aircraft": "Aircraft", "cub": "CUB", "chest_xray": "Chest X-ray", "dtd": "DTD",
          "dogs": "Dogs", "flower": "Flower", "cifar100": "CIFAR-100", "chemprot": "Chemprot",
          "acl_arc": "ACL-ARC", "scierc": "SCIERC", "twitter_emotion": "Twitter-Emotion",
-         "toybirds": "toybirds", "pydocs": "pydocs"}
+         "toybirds": "toybirds", "pydocs": "pydocs"}  # these two are not the paper's
 # training and test examples and classes, as the data sets' own sources have them; what Tables 7
 # and 8 had is lost but for Flower and CIFAR-100
 PUBLISHED = {
@@ -25,7 +25,7 @@ PUBLISHED = {
     "dtd": (3760, 1880, 47), "dogs": (12000, 8580, 120), "flower": (2040, 6149, 102),
     "cifar100": (50000, 10000, 100), "chemprot": (4169, 3469, 13), "acl_arc": (1688, 139, 6),
     "scierc": (3219, 974, 7), "twitter_emotion": (3257, 1421, 4),
-    "toybirds": (800, 1000, 20), "pydocs": (1722, 733, 11)}  # these two are not the paper's
+    "toybirds": (800, 1000, 20), "pydocs": (1722, 733, 11)}
 # Table 1 as far as the text that this was written from still has it
 PAPER = {"table1": {
     row: dict(zip(IMAGES, values)) for row, values in {
@@ -39,52 +39,46 @@ PAPER = {"table1": {
                 "88.92 ± 0.78"),
         "further pre-training": ("73.38 ± 0.64", "55.72 ± 0.46", "77.79 ± 2.06", "65.55 ± 1.12",
                                  "62.34 ± 0.39", "88.63 ± 0.35")}.items()}}
-# Appendix B's cost on CUB with one RTX 3090, in seconds
-PAPER_SECONDS = {"fine-tuning": 32 * 60 + 18, "further pre-training": 89 * 60 + 33,
-                 "self-distillation": 313 * 60 + 22}
-CLAIMS = {
-    "table1": "self-distillation is best on all six; further pre-training helps Aircraft and hurts "
-              "DTD; RecAdam, MARS and R3F barely help. Its row for self-distillation is lost.",
-    "table2": "self-distillation is significantly better than all others on all four sets, except "
-              "than RecAdam on Chemprot; further pre-training helps. Its numbers are lost.",
-    "table3": "all variants are below the full model, though without L_MAE there is no significant "
-              "difference on CUB, only on SCIERC. Its numbers are lost.",
-    "table6": "λ in (0, 1] hardly matters on CUB. Its numbers are lost; the values of λ here are a "
-              "guess, and 0 lies outside of that interval.",
-    "figure1": "further pre-training overfits the unlabelled pictures. Only the caption is left of "
-               "this figure: its data set and steps here are a guess.",
-    "figure3": "self-distillation gains most with few examples: 13 points over fine-tuning at "
-               "1,000, 6 at 2,500. The sizes but these and the whole set are a guess, and so is "
-               "that every class has the same share.",
-    "figure4": "the first round gains most, later ones little. Its numbers are lost, and that "
-               "there were three rounds is a guess.",
-    "figure5a": "self-distillation has a smaller gap than further pre-training on every data set.",
-    "figure5b": "self-distillation ends nearer to θ_init than further pre-training on every data "
-                "set.",
-    "figure5c": "the first round shrinks the distance most, later ones little (Theorem 2).",
-    "time": "32 m 18 s of fine-tuning, 1 h 29 m 33 s of further pre-training and 5 h 13 m 22 s of "
-            "self-distillation, on CUB with one RTX 3090 (Appendix B)."}
+# Appendix B's cost of a stage on CUB with one RTX 3090, in seconds
+SECONDS = {"fine-tuning": 32 * 60 + 18, "further pre-training": 89 * 60 + 33,
+           "self-distillation": 313 * 60 + 22}
+PAPER["time"] = {row: {"cub": str(seconds)} for row, seconds in SECONDS.items()}
 
 # ----------------------------------------------------------------------------- numbers
 
 AXES = {"score": "test score, %", "gap": "test loss - training loss, nats",
         "distance": "‖θ_init - θ‖₂ after fine-tuning"}
 DIGITS = {"score": 2, "seconds": 1}
+ALL = {"score": "score, %", "mae_train": "L_MAE train", "mae_test": "L_MAE test", "gap": "gap",
+       "distance": "distance"}  # the columns of a page that shows all of a run
+RATIO = "‖∂L_Distill/∂θ‖ : ‖∂L_MAE/∂θ‖ at the end"
+NOTES = {
+    "table6": "The paper has 0 < λ ≤ 1; the rest is ours. AdamW forgets a common factor, so that, "
+              "where nothing is clipped, λ = D is L_Distill's mean over the D channels and, with "
+              "`--match hidden`, λ = 1 + K its mean over positions."}
 
 
-def spread(values: list[float], digits: int) -> str:
+def grid(heads: list[str], rows: Iterable[list[str]]) -> list[str]:
+    """A Markdown table's lines."""
+    first, *rest = (f"| {' | '.join(cells)} |" for cells in (heads, *rows))
+    return [first, "|" + "---|" * len(heads), *rest]
+
+
+def spread(values: Iterable[float], digits: int) -> str:
     """Mean ± sample standard deviation with n; what is missing is a dash."""
+    values = list(values)
     if len(values) < 2:
         return f"{values[0]:.{digits}f} (n = 1)" if values else "–"
-    return f"{repeat.cell(values, digits)} (n = {len(values)})"
+    return (f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f} "
+            f"(n = {len(values)})")
 
 
-def numbers(record: dict) -> dict[tuple, dict[int, float]]:
+def numbers(record: dict, kind: str = "") -> dict[tuple, dict[int, float]]:
     """(row, data set, axis value) -> seed -> the number as it is printed: scores in per cent."""
-    found, kind = {}, record["value"]
+    kind, found = kind or record["value"], {}
     scale = 100 if kind == "score" else 1
     for value in record["values"]:
-        if value[kind] is not None:
+        if value.get(kind) is not None:
             place = value["row"], value["dataset"], value["x"]
             found.setdefault(place, {})[value["seed"]] = scale * value[kind]
     return found
@@ -100,32 +94,32 @@ def cells(record: dict) -> Counter:
 # ----------------------------------------------------------------------------- the pages
 
 
+def column(record: dict, kind: str, dataset: str, x: float | None = None) -> list[str]:
+    """A cell for each row of a record."""
+    found = numbers(record, kind)
+    return [spread(found.get((row, dataset, x), {}).values(), DIGITS.get(kind, 3))
+            for row in record["rows"]]
+
+
 def table(record: dict) -> list[str]:
-    """Rows × data sets with the paper's numbers beside ours, or axis values × rows."""
-    found, digits = numbers(record), DIGITS.get(record["value"], 3)
-
-    def cell(*place: object) -> str:
-        return spread(list(found.get(place, {}).values()), digits)
-
+    """Rows × data sets, the paper's numbers beside ours; axis values × rows; rows × all."""
+    rows, value, name, columns = record["rows"], record["value"], record["name"], {}
     if record["x"]:
-        rows = record["rows"]
-        lines = [f"| {record['x']} | {' | '.join(rows)} |", "|---|" + "---|" * len(rows)]
-        for dataset, x in dict.fromkeys((dataset, x) for _, dataset, x in found):
-            columns = " | ".join(cell(row, dataset, x) for row in rows)
-            lines.append(f"| {NAMES[dataset]}, {x:g} | {columns} |")
-        return lines
-    paper = PAPER.get(record["name"])
-    heads = [NAMES[dataset] + " | paper" * bool(paper) for dataset in record["datasets"]]
-    lines = [f"| | {' | '.join(heads)} |",
-             "|---|" + "---|" * len(heads) * (2 if paper else 1)]
-    for row in record["rows"]:
-        columns = []
-        for dataset in record["datasets"]:
-            columns.append(cell(row, dataset, None))
-            if paper:
-                columns.append(paper.get(row, {}).get(dataset) or "–")
-        lines.append(f"| {row} | {' | '.join(columns)} |")
-    return lines
+        places = dict.fromkeys((dataset, x) for _, dataset, x in numbers(record))
+        return grid([record["x"], *rows], (
+            [f"{NAMES[dataset]}, {x:g}", *column(record, value, dataset, x)]
+            for dataset, x in places))
+    for dataset in record["datasets"]:
+        if name == dataset:
+            columns |= {ALL[kind]: column(record, kind, dataset) for kind in ALL}
+        else:
+            columns[NAMES[dataset]] = column(record, value, dataset)
+        if name in PAPER:
+            columns[f"{NAMES[dataset]}, paper"] = [PAPER[name].get(row, {}).get(dataset, "–")
+                                                   for row in rows]
+    if numbers(record, "ratio"):
+        columns[RATIO] = column(record, "ratio", record["datasets"][0])
+    return grid(["", *columns], (list(cells) for cells in zip(rows, *columns.values())))
 
 
 def differences(record: dict) -> list[str]:
@@ -137,37 +131,20 @@ def differences(record: dict) -> list[str]:
                             for row in ("self-distillation", other))
             apart = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
             if apart:
-                lines.append(f"| {NAMES[dataset]} | {other} | {spread(apart, digits)} | "
-                             f"{sum(a > 0 for a in apart)} of {len(apart)} |")
+                lines.append([NAMES[dataset], other, spread(apart, digits),
+                              f"{sum(a > 0 for a in apart)} of {len(apart)}"])
     return lines and ["", "Self-distillation minus another row, seed by seed:", "",
-                      "| | minus | difference | seeds above 0 |", "|---|---|---|---|", *lines]
-
-
-def times(record: dict) -> list[str]:
-    """Seconds of whole stages beside the paper's, and the ratios of both."""
-    lines = ["| | seconds | × fine-tuning | paper, s | × fine-tuning | paper / ours |",
-             "|---|---|---|---|---|---|"]
-    rows = {row: [] for row in PAPER_SECONDS}
-    for (row, *_), seeds in numbers(record).items():
-        rows[row] += seeds.values()
-    means = {row: statistics.mean(seconds or [math.nan]) for row, seconds in rows.items()}
-    for row, theirs in PAPER_SECONDS.items():
-        ratios = means[row] / means["fine-tuning"], theirs / means[row]
-        ours, faster = ("–" if math.isnan(ratio) else f"{ratio:.3g}" for ratio in ratios)
-        lines.append(f"| {row} | {spread(rows[row], 1)} | {ours} | {theirs} | "
-                     f"{theirs / PAPER_SECONDS['fine-tuning']:.3g} | {faster} |")
-    return lines
+                      *grid(["", "minus", "difference", "seeds above 0"], lines)]
 
 
 def counts(record: dict) -> list[str]:
     """Examples and classes of each data set, as counted and as published."""
-    lines = ["| | training | published | test | published | classes | published |",
-             "|---|---|---|---|---|---|---|"]
+    lines = []
     for dataset in record["datasets"]:
         here = record["counts"].get(dataset, ("–", "–", "–"))
-        pairs = [f"{a} | {b}" for a, b in zip(here, PUBLISHED[dataset])]
-        lines.append(f"| {NAMES[dataset]} | {' | '.join(pairs)} |")
-    return lines
+        pairs = zip(here, PUBLISHED[dataset])
+        lines.append([NAMES[dataset], *map(str, itertools.chain(*pairs))])
+    return grid(["", "training", "published", "test", "published", "classes", "published"], lines)
 
 
 def page(record: dict) -> str:
@@ -176,29 +153,27 @@ def page(record: dict) -> str:
     told = "Mean ± sample standard deviation over seeds."
     if name == "datasets":
         told, main = "Counted on disk, beside what is published.", counts(record)
-    elif name == "time":
-        main = times(record)
     else:
-        main = table(record) + ([] if record["x"] else differences(record))
+        main = table(record) + ([] if record["x"] or name == "time" else differences(record))
     lines = [f"# {record['title']}", "", f"`{record['command']}`", "", f"{record['machine']}. "
              f"{told}", "", *main]
     if name.startswith("figure"):
         lines += ["", f"![{record['title']}]({name}.png)"]
-    if name in CLAIMS:
-        lines += ["", f"The paper: {CLAIMS[name]}"]
-    sizes = {value["dataset"]: value for value in values}
-    if sizes:
-        lines += ["", "Data: " + "; ".join(
-            f"{NAMES[dataset]} {value['n_train']} training and {value['n_test']} test examples, "
-            f"{value['num_classes']} classes, {value['metric'].replace('_', ' ')}"
-            for dataset, value in sizes.items()) + "."]
+    lines += [f"\n{record['note']}"] if "note" in record else []
+    lines += [f"\n{NOTES[name]}"] if name in NOTES else []
+    if values:
+        data = {value["dataset"]: f"{NAMES[value['dataset']]} {value['n_train']} training and "
+                f"{value['n_test']} test examples, {value['num_classes']} classes, "
+                f"{value['metric'].replace('_', ' ')}" for value in values}
+        lines += ["", f"Data: {'; '.join(data.values())}."]
     lines += [f"\nEmpty: {NAMES[dataset]} ({reason})."
               for dataset, reason in record["absent"].items()]
     lines += [f"\nFailed, and so missing: `{words}`." for words in record["failed"]]
-    if record["scale"] == "laptop" and values:
+    if record["scale"] == "laptop" and values and name not in NAMES:
         lines += ["", "Laptop size: tiny weights and few steps; every method has the same settings "
-                  "but for its own. They were chosen on a held-out tenth of training sets: "
-                  "[images](../results/tuning-image.md), [texts](../results/tuning-text.md)."]
+                  "but for its own, chosen on a held-out tenth of training sets: "
+                  "[images](../results/tuning-image.md), [texts](../results/tuning-text.md). "
+                  "[README](../results/README.md): what the paper says, and what this says of it."]
     first = list(dict.fromkeys(value["command"] for value in values if value["seed"] == 0))
     if first:
         lines += ["", "The runs of seed 0:", "", "```sh", *(f"python {words}" for words in first),
@@ -206,36 +181,45 @@ def page(record: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(record: dict, path: Path) -> None:
-    """A figure, a panel for each data set: lines over an axis, or bars beside each other."""
+# ----------------------------------------------------------------------------- the figures
+
+
+def plot(path: Path, title: str, x: str, y: str, panels: dict[str, dict[str, tuple]]) -> None:
+    """Panels of named series (places, values, errors): lines over an axis x, or bars without it."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    found, kind = numbers(record), record["value"]
-    rows, datasets = (list(dict.fromkeys(place[i] for place in found)) for i in (0, 1))
-    width = 5 * len(datasets) if record["x"] else 1.7 * len(datasets) + 1
-    figure, panels = plt.subplots(1, len(datasets), figsize=(width, 3.6), squeeze=False,
-                                  layout="constrained")
-    for panel, dataset in zip(panels[0], datasets):
-        for number, row in enumerate(rows):
-            points = {x: list(seeds.values()) for (of, at, x), seeds in found.items()
-                      if (of, at) == (row, dataset)}
-            means = [statistics.mean(point) for point in points.values()]
-            error = [statistics.stdev(point) if len(point) > 1 else 0 for point in points.values()]
-            if record["x"]:
-                panel.errorbar(list(points), means, error, marker="o", capsize=3, label=row)
-            else:  # gaps and distances of data sets differ in size
-                panel.bar([number] * len(means), means, label=row, yerr=error, capsize=3)
-        panel.set(title=NAMES[dataset], xlabel=record["x"], xticks=sorted(
-            {x for _, at, x in found if at == dataset and x is not None}))
-        if max(panel.get_xticks(), default=0) >= 10_000:
-            panel.set_xscale("log")
-    metrics = {value["metric"].replace("_", " ") for value in record["values"]}
-    panels[0, 0].set_ylabel(f"test {metrics.pop()}, %" if kind == "score" and len(metrics) == 1
-                            else AXES[kind])
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(rows))
-    seeds = len({value["seed"] for value in record["values"]})
-    figure.suptitle(f"{record['title']}\nmean ± standard deviation, {seeds} seeds", fontsize=10)
+    figure, axes = plt.subplots(1, len(panels), layout="constrained", squeeze=False, figsize=(
+        (4.5 if x else 1.7) * len(panels) + 1, 3.6))
+    for axis, (name, series) in zip(axes[0], panels.items()):
+        for number, (label, (places, values, errors)) in enumerate(series.items()):
+            if x:
+                axis.errorbar(places, values, errors, marker="os^"[number], capsize=3, label=label,
+                              markersize=9 - 2 * number)  # none hides another
+                axis.set_xscale("log" if max(places) > 9999 else "linear")
+                axis.set(xlabel=x, xticks=places)
+            else:  # values of data sets differ in size
+                axis.bar([number], values, yerr=errors, label=label, capsize=3)
+                axis.set_xticks([])
+        axis.set_title(name)
+    axes[0, 0].set_ylabel(y)
+    labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*labels, loc="outside lower center", ncols=len(labels[0]))
+    figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def draw(record: dict, path: Path) -> None:
+    """A figure of the paper, a panel for each data set."""
+    panels, kind = {}, record["value"]
+    for (row, dataset, x), seeds in numbers(record).items():
+        series = panels.setdefault(NAMES[dataset], {}).setdefault(row, ([], [], []))
+        error = statistics.stdev(seeds.values()) if len(seeds) > 1 else 0
+        for values, value in zip(series, (x, statistics.mean(seeds.values()), error)):
+            values.append(value)
+    metrics = {value["metric"].replace("_", " ") for value in record["values"]}
+    y = f"test {metrics.pop()}, %" if kind == "score" and len(metrics) == 1 else AXES[kind]
+    seeds = len({value["seed"] for value in record["values"]})
+    plot(path, f"{record['title']}\nmean ± standard deviation, {seeds} seeds", record["x"], y,
+         panels)

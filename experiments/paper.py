@@ -4,88 +4,80 @@
     python -m experiments.paper table1 --dry-run            # the commands that it takes
     python -m experiments.paper figure4 --datasets flower --seeds 3
 
-Names: table1 table2 table3 table6 figure1 figure3 figure4 figure5a figure5b figure5c time datasets.
-Every run is an ordinary command, which can be given by hand. What has finished is not done again,
-so a sweep that was stopped carries on. Where only the student differs, its command is given the
-teacher that an earlier one has made. A page in results/ is replaced only by one that has all of its
-numbers, or more; another goes beside the runs.
+Names: table1 table2 table3 table6 figure1 figure3 figure4 figure5a figure5b figure5c time datasets,
+and toybirds and pydocs, which are not the paper's. Every run is an ordinary command, which can be
+given by hand. What has finished is not done again, so a sweep that was stopped carries on. Where
+only the student differs, its command is given the teacher that an earlier one has made. A page in
+results/ is replaced only by one that has all of its numbers; another goes beside the runs.
 
 laptop: the bundled tiny weights, few steps, whatever data are on disk; the settings were chosen by
 tune.py on a held-out tenth of the training sets. paper: the paper's weights, steps and data, which
-the programs download.
+the programs download, and in Tables 1 and 2 both readings of line 11.
 """
 import argparse
-import functools
-import json
 import math
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import mae
-import mlm
-from experiments import pages, repeat
+from experiments import pages, runs
+from experiments.runs import Words
 from support import fetch, program, recipes, run, settings
-from support.data import load
 
-ROOT = fetch.ROOT
-MODELS = {"image": mae.MAE, "text": mlm.MLM}
-our_code = functools.cache(run.code)
+# ----------------------------------------------------------------------------- commands
 
-# ----------------------------------------------------------------------------- settings
-
-# the paper's are the programs' defaults; the laptop's: results/tuning-image.md, tuning-text.md
-SETTINGS = {
-    ("paper", "image"): {}, ("paper", "text"): {},
-    ("laptop", "image"): dict(
-        init="tiny", steps=150, batch_size=64, lr=5e-4, finetune_steps=150, finetune_batch_size=32,
-        finetune_lr=1e-3),
-    ("laptop", "text"): dict(
-        init="tiny", steps=30, batch_size=32, lr=2e-4, finetune_steps=250, finetune_batch_size=16,
-        finetune_lr=5e-4)}
-OWN = {  # what a baseline adds
-    ("laptop", "image"): {"RecAdam": dict(recadam_t0=40), "MARS": dict(mars_radius=0.5),
-                          "R3F": dict(r3f_eps=0.3)},
-    ("laptop", "text"): {"RecAdam": dict(recadam_t0=40), "MARS": dict(mars_radius=0.5),
-                         "R3F": dict(r3f_eps=0.1)}}
-
-Words = tuple[str, ...]  # a command: its program, --dataset, a name, more flags, --out, its folder
+OWN = {"RecAdam": "recadam_t0", "MARS": "mars_radius", "R3F": "r3f_eps"}  # what a baseline adds
 
 
-def modality(dataset: str) -> str:
-    return "text" if dataset in recipes.TEXTS else "image"
+class At(NamedTuple):
+    """What a number is measured at."""
+
+    dataset: str
+    scale: str
+    seed: int
+
+    @property
+    def modality(self) -> str:
+        return "text" if self.dataset in recipes.TEXTS else "image"
+
+    @property
+    def settings(self) -> dict:
+        """Those of the scale; the paper's are the programs' defaults."""
+        path = fetch.ROOT / "results" / f"tuning-{self.modality}.json"
+        return {"init": "tiny"} | run.read_json(path)["chosen"] if self.scale == "laptop" else {}
 
 
-def command(file: str, dataset: str, scale: str, seed: int, teacher: str = "", note: str = "",
+def command(file: str, at: At, teacher: str = "", note: str = "",
             **changes: object) -> Words:
     """One run of a program's file, in a folder named by what is not usual: changes and note."""
-    chosen, words = SETTINGS[scale, modality(dataset)] | changes, [file, "--dataset", dataset]
-    for name, value in chosen.items():
-        if file == "baselines.py" and name in ("steps", "batch_size", "lr"):
-            continue  # pre-training's
-        words += [program.flag(name), f"{value:g}" if isinstance(value, float) else str(value)]
+    usual = at.settings
+    idle = {name for name in usual if name in OWN.values() or (
+        file != "distill.py" and name in ("steps", "batch_size", "lr"))}
+    words = [file, "--dataset", at.dataset]
+    for name, value in (usual | changes).items():
+        if name in changes or name not in idle:
+            words += [program.flag(name), f"{value:g}" if isinstance(value, float) else str(value)]
     words += ["--teacher", teacher] if teacher else []
     told = "".join(f"-{name.replace('_', '-')}={value}" for name, value in changes.items()) + note
-    out = f"runs/{scale}-{file.removesuffix('.py')}-{dataset}{told}-seed{seed}"
-    return (*words, "--seed", str(seed), "--out", out)
+    out = f"runs/{at.scale}-{file.removesuffix('.py')}-{at.dataset}{told}-seed{at.seed}"
+    return (*words, "--seed", str(at.seed), "--out", out)
 
 
-def student(dataset: str, scale: str, seed: int, **changes: object) -> Words:
+def student(at: At, **changes: object) -> Words:
     """A student by other settings, of the teacher that the usual command makes."""
-    usual = command("distill.py", dataset, scale, seed)
-    return command("distill.py", dataset, scale, seed, f"{usual[-1]}/further.safetensors",
-                   **changes)
+    usual = command("distill.py", at)
+    return command("distill.py", at, f"{usual[-1]}/further.safetensors", **changes)
 
 
-def usual_steps(dataset: str, scale: str) -> int:
+def usual_steps(at: At) -> int:
     """Steps of further pre-training, where nothing else is asked for, on the published data."""
-    usual = recipes.DEFAULTS[modality(dataset), "paper"]
-    usual = usual | SETTINGS[scale, modality(dataset)]
+    usual = recipes.DEFAULTS[at.modality, "paper"] | at.settings
     if "steps" in usual:
         return usual["steps"]
-    return usual["epochs"] * math.ceil(pages.PUBLISHED[dataset][0] / usual["batch_size"])
+    return usual["epochs"] * math.ceil(pages.PUBLISHED[at.dataset][0] / usual["batch_size"])
 
 
 # ----------------------------------------------------------------------------- the cells
@@ -100,83 +92,92 @@ class Cell(NamedTuple):
     x: int | None = None  # of a figure's axis
 
 
-def algorithm_1(dataset: str, scale: str, seed: int, **changes: object) -> list[Cell]:
+def algorithm_1(at: At, **changes: object) -> list[Cell]:
     """Figures 5a and 5b: what the usual command measures."""
-    words = command("distill.py", dataset, scale, seed, **changes)
+    words = command("distill.py", at, **changes)
     return [Cell(row, words, row)
             for row in ("fine-tuning", "further pre-training", "self-distillation")]
 
 
-def methods(dataset: str, scale: str, seed: int) -> list[Cell]:
-    """Tables 1 and 2: the same, and a command for each baseline."""
-    plain, *others = algorithm_1(dataset, scale, seed)
-    own = OWN.get((scale, modality(dataset)), {})
-    for row in ("R3F", "MARS", "RecAdam"):
-        words = command("baselines.py", dataset, scale, seed, method=row.lower(),
-                        **own.get(row, {}))
-        others.insert(0, Cell(row, words, row))
-    return [plain, *others]
+def methods(at: At) -> list[Cell]:
+    """Tables 1 and 2: the same, and a command for each baseline; at full size every reading."""
+    cells, usual = algorithm_1(at), at.settings
+    for row, own in OWN.items():
+        changes = {own: usual[own]} if own in usual else {}
+        words = command("baselines.py", at, method=row.lower(), **changes)
+        cells.insert(-2, Cell(row, words, row))
+    if at.scale == "paper":
+        words = student(at, match="hidden")
+        cells.append(Cell("self-distillation, all positions", words, "self-distillation"))
+        if at.modality == "image":
+            words = command("distill.py", at, **recipes.AS_RELEASED)
+            cells.append(Cell("self-distillation, as released", words, "self-distillation"))
+    return cells
 
 
-def ablations(dataset: str, scale: str, seed: int) -> list[Cell]:
+def ablations(at: At) -> list[Cell]:
     """Table 3, row by row."""
-    usual = command("distill.py", dataset, scale, seed)
-    twice = command("distill.py", dataset, scale, seed, rounds=0,
-                    steps=2 * usual_steps(dataset, scale))
+    usual = command("distill.py", at)
+    twice = command("distill.py", at, rounds=0, steps=2 * usual_steps(at))
     alone = {"without L_Distill": usual, "further pre-training × 2": twice}
-    rows = {"full model": usual, "without L_MAE": student(dataset, scale, seed, mae_weight=0),
+    rows = {"full model": usual, "without L_MAE": student(at, mae_weight=0),
             **alone}
     for row, match in (("prediction-matching", "prediction"), ("weight-matching, L2", "l2"),
                        ("weight-matching, MARS", "mars")):
-        rows[row] = student(dataset, scale, seed, match=match)
+        rows[row] = student(at, match=match)
     return [Cell(row, words, "further pre-training" if row in alone else "self-distillation")
             for row, words in rows.items()]
 
 
-def mae_weights(dataset: str, scale: str, seed: int) -> list[Cell]:
-    """Table 6: λ of λ·L_MAE + L_Distill; which values the paper took is a guess."""
-    rows = {"λ = 1": command("distill.py", dataset, scale, seed)}
-    for weight in (0.5, 0.1, 0):
-        rows[f"λ = {weight}"] = student(dataset, scale, seed, mae_weight=weight)
-    return [Cell(row, words, "self-distillation") for row, words in rows.items()]
+def mae_weights(at: At) -> list[Cell]:
+    """Table 6: λ of λ·L_MAE + L_Distill, from inside the paper's interval to far beyond it."""
+    rows = {1: command("distill.py", at)}
+    rows |= {weight: student(at, mae_weight=weight) for weight in (0.1, 10, 100, 1000, 10_000)}
+    return [Cell(f"λ = {weight}", words, "self-distillation") for weight, words in rows.items()]
 
 
-def pretraining_steps(dataset: str, scale: str, seed: int) -> list[Cell]:
+def pretraining_steps(at: At) -> list[Cell]:
     """Figure 1: 0 steps (plain fine-tuning), then a quarter to twice the usual number: a guess."""
-    row, usual = "further pre-training", usual_steps(dataset, scale)
-    runs = {steps: command("distill.py", dataset, scale, seed, rounds=0, steps=steps)
+    row, usual = "further pre-training", usual_steps(at)
+    runs = {steps: command("distill.py", at, rounds=0, steps=steps)
             for steps in (usual // 4, usual // 2, usual, 2 * usual)}
     return [Cell(row, runs[usual], "fine-tuning", 0),
             *(Cell(row, words, row, steps) for steps, words in runs.items())]
 
 
-def train_sizes(dataset: str, scale: str, seed: int) -> list[Cell]:
+def train_sizes(at: At) -> list[Cell]:
     """Figure 3: fewer examples, labelled and unlabelled alike; 5,000 to 25,000 are a guess."""
     return [cell._replace(x=size) for size in (1000, 2500, 5000, 10000, 25000, 50000)
-            for cell in algorithm_1(dataset, scale, seed, train_size=size)]
+            for cell in algorithm_1(at, train_size=size)]
 
 
-def rounds(dataset: str, scale: str, seed: int) -> list[Cell]:
+def rounds(at: At) -> list[Cell]:
     """Figures 4 and 5c: T' rounds, of which 0 is further pre-training; that 3 are all is a guess.
 
     Algorithm 1 passes nothing from round to round but θ_0 <- θ_t-1, so round t is run as a first
     round whose teacher is the student before it; its order, masks and dropout are a first round's.
     """
-    words = command("distill.py", dataset, scale, seed)
+    words = command("distill.py", at)
     cells = [Cell("self-distillation", words, "further pre-training", 0),
              Cell("self-distillation", words, "self-distillation", 1)]
     for t in (2, 3):
-        words = command("distill.py", dataset, scale, seed, f"{words[-1]}/distilled-1.safetensors",
-                        f"-round{t}")
+        words = command("distill.py", at, f"{words[-1]}/distilled-1.safetensors", f"-round{t}")
         cells.append(Cell("self-distillation", words, "self-distillation", t))
     return cells
+
+
+def toys(at: At) -> list[Cell]:
+    """The programs as they are, on what needs no download: all that they measure."""
+    at = at._replace(scale="paper")
+    scratch = command("finetune.py", at, init="random")
+    return [*algorithm_1(at), Cell("fine-tuning from random weights", scratch, "fine-tuning")]
 
 
 class Result(NamedTuple):
     """A table or figure: its cells, its data sets, what is read from a run, how it is shown."""
 
     title: str
-    cells: Callable[[str, str, int], list[Cell]] | None
+    cells: Callable[[At], list[Cell]] | None
     datasets: tuple[str, ...]
     value: str = "score"
     x: str = ""
@@ -198,54 +199,23 @@ RESULTS = {
                        "distance"),
     "figure5c": Result("Figure 5c: distance after each round", rounds, ("flower",), "distance",
                        "round T'"),
-    "time": Result("Time", algorithm_1, ("cub",), "seconds"),
-    "datasets": Result("Tables 7 and 8: the data", None, (*pages.IMAGES, "cifar100", *pages.TEXTS))}
+    "time": Result("Seconds of a stage; the paper's on one RTX 3090", algorithm_1, ("cub",),
+                   "seconds"),
+    "datasets": Result("Tables 7 and 8: the data", None, (*pages.IMAGES, "cifar100", *pages.TEXTS)),
+    "toybirds": Result("toybirds", toys, ("toybirds",)),
+    "pydocs": Result("pydocs", toys, ("pydocs",))}
 
-# ----------------------------------------------------------------------------- the runs
+# ----------------------------------------------------------------------------- the program
 
 
 def on_disk(dataset: str, data_dir: Path) -> tuple[int, int, int]:
     """Training and test examples and classes; `BadInput` where the data are not on disk."""
-    if dataset in fetch.DATASETS and not (path := data_dir / fetch.DATASETS[dataset][0]).is_dir():
+    published = fetch.datasets()
+    if dataset in published and not (path := data_dir / published[dataset]["folder"]).is_dir():
         raise fetch.BadInput(f"{path} is absent: `python finetune.py --smoke --init tiny --dataset "
                              f"{dataset}` fetches it")
-    config = settings.Config(dataset=dataset, init="tiny", data_dir=str(data_dir))
-    data = load(config, program.load_model(MODELS[config.modality], config))
+    _, data, _ = runs.begin(dataset, data_dir=str(data_dir))
     return len(data.train), len(data.test), len(data.classes)
-
-
-def finished(words: Words) -> bool:
-    """Whether a command's folder has its results, by the code as it is now.
-
-    What is not finished is left to the program, which refuses a folder of something else.
-    """
-    folder = ROOT / words[-1]
-    if not (folder / "results.json").exists() or not (folder / "config.json").exists():
-        return False
-    told, asked = run.read_json(folder / "config.json"), f"python {shlex.join(words)}"
-    return (told.get("command"), told.get("facts", {}).get("code")) == (asked, our_code())
-
-
-def collect(cells: list[Cell]) -> list[dict]:
-    """The cells of finished commands with what these measured."""
-    values = []
-    for cell in cells:
-        folder = ROOT / cell.command[-1]
-        found, told = (run.read_json(folder / f"{name}.json") for name in ("results", "config"))
-        row = next(row for row in found["rows"] if row["method"] == cell.method)
-        steps = told["settings"]["finetune_steps" if cell.row == "fine-tuning" else "steps"]
-        timing = (folder / "timing.jsonl").read_text(encoding="utf-8").splitlines()
-        whole = {stage["stage"]: stage["seconds"] for stage in map(json.loads, timing)
-                 if stage["steps"] == steps}
-        values.append({
-            **row, "row": cell.row, "dataset": found["dataset"], "x": cell.x,
-            "seconds": whole.get(cell.row),  # None of a stage that was interrupted
-            **{name: found[name] for name in ("n_train", "n_test", "num_classes")},
-            "command": shlex.join(cell.command)})
-    return values
-
-
-# ----------------------------------------------------------------------------- the program
 
 
 def planned(args: argparse.Namespace) -> tuple[dict, dict, list[Cell]]:
@@ -263,7 +233,7 @@ def planned(args: argparse.Namespace) -> tuple[dict, dict, list[Cell]]:
             absent[dataset] = str(error)
     known = here | {dataset: pages.PUBLISHED[dataset] for dataset in absent if args.dry_run}
     cells = [cell for seed in range(args.seeds) for dataset in known if result.cells
-             for cell in result.cells(dataset, args.scale, seed)
+             for cell in result.cells(At(dataset, args.scale, seed))
              if result.cells != train_sizes or cell.x <= known[dataset][0]]
     if not cells and (result.cells or not known):
         raise fetch.BadInput(f"{args.name} has nothing to measure, and nothing is written: "
@@ -274,23 +244,39 @@ def planned(args: argparse.Namespace) -> tuple[dict, dict, list[Cell]]:
     return here, absent, cells
 
 
+def value(cell: Cell) -> dict:
+    """What a cell's finished run has measured."""
+    ratio = {"ratio": runs.gradient_ratio(cell.command)} if cell.row.startswith("λ") else {}
+    return runs.measured(cell.command, cell.method) | {"row": cell.row, "x": cell.x} | ratio
+
+
 def report(args: argparse.Namespace, here: dict, absent: dict, cells: list[Cell],
            failed: list[Words]) -> None:
-    """Write the page of what was measured; OSError where runs failed."""
+    """Write the page of what was measured; OSError where runs failed.
+
+    It goes beside the runs where in results/ numbers would be lost.
+    """
     result, told = RESULTS[args.name], [f"python {shlex.join(words)}" for words in failed]
     record = {
         "name": args.name, "title": result.title, "value": result.value, "x": result.x,
         "datasets": args.datasets, "rows": list(dict.fromkeys(cell.row for cell in cells)),
         "scale": args.scale, "seeds": args.seeds,
         "command": f"python -m experiments.paper {shlex.join(sys.argv[1:])}",
-        "machine": repeat.machine(), "absent": absent, "failed": told,
-        "values": collect([cell for cell in cells if cell.command not in failed])}
+        "machine": runs.machine(), "absent": absent, "failed": told,
+        "values": [value(cell) for cell in cells if cell.command not in failed]}
     if not result.cells:
         record["counts"] = here
     if pages.cells(record):
-        path = repeat.publish(args.name, record, pages.page(record), pages.cells)
+        there, lost = runs.ROOT / "results" / f"{args.name}.json", Counter()
+        if there.exists():
+            lost = pages.cells(run.read_json(there)) - pages.cells(record)
+        path = runs.ROOT / ("runs" if lost else "results") / f"{args.name}.md"
+        run.write_json(record, path.with_suffix(".json"))
+        path.write_text(pages.page(record), encoding="utf-8")
         if args.name.startswith("figure"):
             pages.draw(record, path.with_suffix(".png"))
+        why = f", as results/{path.name} has {lost.total()} numbers that this one lacks"
+        print(f"{pages.page(record)}\nwrote {path.relative_to(runs.ROOT)}{why * bool(lost)}")
     if failed:
         raise OSError(f"these runs failed, and their cells are empty: {'; '.join(told)}")
 
@@ -307,12 +293,12 @@ def main() -> None:
     args.datasets = list(dict.fromkeys(args.datasets or RESULTS[args.name].datasets))
     here, absent, cells = planned(args)
     commands = list(dict.fromkeys(cell.command for cell in cells))
-    left = [words for words in commands if not finished(words)]
+    left = [words for words in commands if not runs.finished(words)]
     for words in commands:
         print(f"{'to do' if words in left else 'done':>5}  python {shlex.join(words)}")
     print(f"{args.name}: {len(commands)} runs, {len(left)} to do", flush=True)
     if not args.dry_run:
-        report(args, here, absent, cells, repeat.carry_out(left))
+        report(args, here, absent, cells, runs.carry_out(left))
 
 
 if __name__ == "__main__":

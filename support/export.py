@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from support import fetch, weights
 from support.fetch import BadInput
 from support.images import MEAN, STD
+from support.names import ROBERTA, ROBERTA_FIELDS, VIT, VIT_FIELDS
 from support.recipes import HUB
 
 PUBLISHERS = ("huggingface", "timm")  # columns 1 and 2 of a table of names
@@ -47,14 +48,13 @@ WORDS = {("match", "cls"): "line 11 compares the class token's hidden state",
          ("pixels", "norm"): "normalised within their patch", ("teacher", "None"): "the run's own"}
 
 
-def write(model: nn.Module, folder: str | Path, names: str, table: weights.Table,
-          fields: dict[str, str]) -> None:
+def write(model: nn.Module, folder: str | Path, names: str) -> None:
     """Write a model under other people's names into a folder.
 
     names: "huggingface" or, for an encoder of pictures with or without a classifier's head, "timm".
-    table, fields: the model's NAMES and HUB_FIELDS. BadInput where there is no such model.
+    BadInput where there is no such model.
     """
-    folder, text = Path(folder), "vocab_size" in fields
+    folder, text = Path(folder), hasattr(model.encoder.config, "vocab_size")
     if names not in PUBLISHERS or text and names == "timm":
         raise BadInput(f"names is {names!r}{fetch.nearest(names, PUBLISHERS)}: use huggingface or, "
                        "for pictures, timm")
@@ -63,7 +63,7 @@ def write(model: nn.Module, folder: str | Path, names: str, table: weights.Table
     about = {"model": "mlm" if text else "mae", **asdict(model.encoder.config)}
     if hasattr(model, "classes"):
         about |= {"model": "classifier", "classes": model.classes}
-    files = _timm(about) if names == "timm" else _huggingface(about, fields, model.lineage)
+    files = _timm(about) if names == "timm" else _huggingface(about, model.lineage)
     files = {name: json.dumps(value, indent=1) + "\n" for name, value in files.items()}
     if getattr(model, "tokenizer", None):
         files["tokenizer.json"] = model.tokenizer.to_str(pretty=True)
@@ -71,7 +71,7 @@ def write(model: nn.Module, folder: str | Path, names: str, table: weights.Table
     for name, content in files.items():
         with fetch.whole(folder / name) as part:
             part.write_text(content, encoding="utf-8", errors="backslashreplace")
-    weights.write(_renamed(model, table, PUBLISHERS.index(names) + 1), folder / "model.safetensors",
+    weights.write(_renamed(model, PUBLISHERS.index(names) + 1), folder / "model.safetensors",
                   about, **model.lineage)
 
 
@@ -81,8 +81,9 @@ def convert(kind: type, path: Path, folder: str | Path) -> None:
     print(f"exported {path.stem} to {folder}")
 
 
-def _renamed(model: nn.Module, table: weights.Table, column: int) -> dict[str, Tensor]:
+def _renamed(model: nn.Module, column: int) -> dict[str, Tensor]:
     """A model's tensors under a publisher's names: stacked ones apart, patches as a convolution."""
+    table = ROBERTA if hasattr(model.encoder.config, "vocab_size") else VIT
     found = {}
     for ours, tensor in model.state_dict().items():
         if column == 2 and ours.startswith("decoder."):
@@ -95,10 +96,11 @@ def _renamed(model: nn.Module, table: weights.Table, column: int) -> dict[str, T
     return found
 
 
-def _huggingface(about: dict, fields: dict[str, str], lineage: dict[str, str]) -> dict[str, dict]:
+def _huggingface(about: dict, lineage: dict[str, str]) -> dict[str, dict]:
     """transformers' config.json, what no shape tells, and what it makes inputs with."""
     title, kind = CLASSES["vocab_size" in about, "classes" in about]
     found = {"architectures": [title], "model_type": kind, "hidden_act": "gelu"}
+    fields = ROBERTA_FIELDS if kind == "roberta" else VIT_FIELDS
     found |= {theirs: about[ours] for ours, theirs in fields.items()
               if kind == "vit_mae" or not ours.startswith("decoder_")}
     if kind == "vit_mae" and "pixels" in lineage:  # never guessed

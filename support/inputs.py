@@ -19,7 +19,7 @@ def as_inputs(x: object, config: object, tokenizer: object = None) -> Tensor | t
     Pictures: uint8 or normalised tensors [N, 3, S, S], lists of paths or of PIL's pictures. Texts:
     lists of strings, token ids [N, K] or `texts.Texts`.
     """
-    if isinstance(x, texts.Texts):
+    if isinstance(x, texts.Texts | images.Small):
         return x
     text = hasattr(config, "vocab_size")
     what, wanted = ("texts", TEXTS) if text else ("pictures", PICTURES)

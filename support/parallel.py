@@ -81,19 +81,14 @@ def total(values: Tensor, kind: str = "sum") -> Tensor:
     return values
 
 
-def wait() -> None:
-    """Go on when all processes are here."""
-    total(torch.zeros(1))
-
-
 @contextlib.contextmanager
 def in_turn() -> Iterator[None]:
     """Rank 0 goes first, so that the others find what it downloads or decodes."""
     if rank():
-        wait()
+        agree(None)  # which waits for rank 0
     yield
     if not rank():
-        wait()
+        agree(None)
 
 
 def wrap(module: nn.Module) -> nn.Module:

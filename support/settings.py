@@ -4,15 +4,16 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
 import torch
 from torch import nn
 
-from support import fetch, parallel
+from support import fetch, parallel, texts
 from support.fetch import BadInput
-from support.recipes import AS_RELEASED, DEFAULTS, HUB, SMALL, SMOKE, TEXTS
+from support.recipes import AS_RELEASED, DEFAULTS, SMALL, SMOKE, TEXTS
 
 # ----------------------------------------------------------------------------- the flags
 
@@ -26,136 +27,110 @@ RANGES = {"mask_prob": (0, 1, False), "pretrain_dropout": (0, 1, True)} | dict.f
 PRETRAINS, TUNES = "distill", "distill finetune baselines"  # programs, by what they do
 
 
-def _flag(group: str, default: object, help: str, programs: str = "",
-          choices: tuple[str, ...] = ()) -> object:
+def _flag(group: str, default: object, help: str, choices: tuple[str, ...] = (),
+          programs: str = "") -> object:
     """A field that is a flag of the named programs (of all, where none is named)."""
     return field(default=default, metadata={
-        "group": group, "help": help, "programs": programs, "choices": choices})
+        "group": group, "help": help, "choices": choices, "programs": programs})
+
+
+_data = partial(_flag, "data and weights")
+_pre = partial(_flag, "pre-training", programs=PRETRAINS)
+_read = partial(_flag, "readings and ablations", programs=PRETRAINS)
+_tune = partial(_flag, "fine-tuning", programs=TUNES)
+_base = partial(_flag, "baselines", programs="baselines")
+_how = partial(_flag, "where and how", programs=TUNES)
 
 
 @dataclass(frozen=True)
 class Config:
     """Every setting of a run; None is filled in by `final`. BadInput for a value without sense."""
 
-    dataset: str = _flag(
-        "data and weights", "toybirds", "data set by name (the README lists them), a folder of "
-        "images, or a .jsonl file or folder of text")
-    data_dir: str | None = _flag(
-        "data and weights", None, "folder that holds the data sets; default $DATA_DIR, else "
+    dataset: str = _data("toybirds", "data set by name (the README lists them), a folder of "
+        "pictures, or a .jsonl, .csv, .tsv or .txt file or folder of texts")
+    data_dir: str | None = _data(None, "folder that holds the data sets; default $DATA_DIR, else "
         "datasets")
-    train_size: int | None = _flag(
-        "data and weights", None, "use only so many training examples, the same number of each "
-        "class, with and without labels (Figure 3); default all", TUNES)
-    init: str | None = _flag(
-        "data and weights", None, "initial weights θ_init, φ_init: a .safetensors file, a folder, "
-        "a hub id, 'tiny' (bundled) or 'random'; default: tiny for toybirds and pydocs, else "
-        f"{HUB['image']} or {HUB['text']} as in the paper")
-    teacher: str | None = _flag(
-        "data and weights", None, "take θ_0 from this file instead of further pre-training "
-        "(Algorithm 1, line 1); only the student is then fine-tuned", PRETRAINS)
+    train_size: int | None = _data(None, "use only so many training examples, the same number of "
+        "each class, with and without labels (Figure 3), beside all of unlabelled/; default all",
+        programs=TUNES)
+    text_key: str = _data("text", "own texts: the key, or column, of the text",
+        programs="mlm distill finetune baselines")
+    label_key: str = _data("label", "own texts: the key, or column, of the label",
+        programs="mlm distill finetune baselines")
+    init: str | None = _data(None, "initial weights θ_init, φ_init: a .safetensors file, a "
+        "folder, a hub id, 'tiny' (bundled) or 'random'; default: tiny for toybirds and pydocs, "
+        "else facebook/vit-mae-base or FacebookAI/roberta-base as in the paper")
+    teacher: str | None = _data(None, "take θ_0 from this file instead of further pre-training "
+        "(Algorithm 1, line 1); only the student is then fine-tuned", programs=PRETRAINS)
 
-    steps: int | None = _flag(
-        "pre-training", None, "optimiser steps of further pre-training and of each round (paper: "
-        "20000 for images, 100 epochs for text); more fits the unlabelled data closer", PRETRAINS)
-    batch_size: int | None = _flag(
-        "pre-training", None, "examples a step (paper: 64 images, 128 texts)", PRETRAINS)
-    lr: float | None = _flag(
-        "pre-training", None, "learning rate α; lower it when the loss jumps", PRETRAINS)
-    weight_decay: float | None = _flag(
-        "pre-training", None, "more pulls the weights to 0", PRETRAINS)
-    mask_prob: float | None = _flag(
-        "pre-training", None, "mask probability γ; more hides more and makes the task harder",
-        "mae mlm distill")
-    pretrain_dropout: float | None = _flag(
-        "pre-training", None, "dropout of whom is trained, in both of its passes; the teacher has "
-        "none. More keeps a student of texts farther from its teacher", PRETRAINS)
-    rounds: int = _flag(
-        "pre-training", 1, "rounds T' of self-distillation (paper: 1); 0 is further pre-training "
-        "alone", PRETRAINS)
+    steps: int | None = _pre(None, "optimiser steps of further pre-training and of each round "
+        "(paper: 20000 for images, 100 epochs for text); more fits the unlabelled data closer")
+    batch_size: int | None = _pre(None, "examples a step (paper: 64 images, 128 texts)")
+    lr: float | None = _pre(None, "learning rate α; lower it when the loss jumps")
+    weight_decay: float | None = _pre(None, "more pulls the weights to 0")
+    mask_prob: float | None = _pre(None, "mask probability γ; more hides more and makes the task "
+        "harder", programs="mae mlm distill")
+    pretrain_dropout: float | None = _pre(None, "dropout of whom is trained, in both of its "
+        "passes; the teacher has none. More keeps a student of texts farther from its teacher")
+    rounds: int = _pre(1, "rounds T' of self-distillation (paper: 1); 0 is further pre-training "
+        "alone")
 
-    match: str = _flag(
-        "readings and ablations", "cls", "what line 11 compares: the class token's hidden state, "
-        "those at all positions, predictions, or weights by l2 or MARS (Table 3)",
-        PRETRAINS, ("cls", "hidden", "prediction", "l2", "mars"))
-    masking: str = _flag(
-        "readings and ablations", "bernoulli", "bernoulli: each position on its own (the paper); "
-        "fixed: MAE's exact count (released code, images); 80-10-10: RoBERTa's recipe (text)",
-        PRETRAINS, ("bernoulli", "fixed", "80-10-10"))
-    pixels: str = _flag(
-        "readings and ablations", "norm", "target of the image loss: pixels normalised within "
-        "their patch (released code), or raw", "mae distill", ("norm", "raw"))
-    mae_weight: float = _flag(
-        "readings and ablations", 1.0, "weight λ of L_MAE during self-distillation (Table 6; 0 "
-        "leaves it out)", PRETRAINS)
-    as_released: bool = _flag(
-        "readings and ablations", False, "what the authors' release does: "
-        + " ".join(f"--{name} {value}" for name, value in AS_RELEASED.items()), PRETRAINS)
+    match: str = _read("cls", "what line 11 compares: the class token's hidden state, those at "
+        "all positions, predictions, or weights by l2 or MARS (Table 3)",
+        choices=("cls", "hidden", "prediction", "l2", "mars"))
+    masking: str = _read("bernoulli", "bernoulli: each position on its own (the paper); fixed: "
+        "MAE's exact count (released code, images); 80-10-10: RoBERTa's recipe (text)",
+        choices=("bernoulli", "fixed", "80-10-10"))
+    pixels: str = _read("norm", "target of the image loss: pixels normalised within their patch "
+        "(released code), or raw", choices=("norm", "raw"), programs="mae distill")
+    mae_weight: float = _read(1.0, "weight λ of L_MAE during self-distillation (Table 6; 0 leaves "
+        "it out)")
+    as_released: bool = _read(False, "what the authors' release does: --match cls --masking fixed "
+        "--pixels norm --precision fp32")
 
-    finetune_steps: int | None = _flag(
-        "fine-tuning", None, "optimiser steps (paper: 10000 for images, 10 epochs for text); more "
-        "fits the labels closer", TUNES)
-    finetune_batch_size: int | None = _flag(
-        "fine-tuning", None, "examples a step (paper: 32)", TUNES)
-    finetune_lr: float | None = _flag(
-        "fine-tuning", None, "learning rate; lower it when the loss jumps", TUNES)
-    probe: bool = _flag(
-        "fine-tuning", False, "also score frozen features: by a linear head, and by their nearest "
-        "neighbours", "distill finetune")
-    predict: str | None = _flag(
-        "fine-tuning", None, "do not train: write the classes and probabilities that the "
-        "classifier of --init (a run's finetuned-….safetensors) gives a folder of pictures, or the "
-        "texts of a .txt or .jsonl file, as a .csv into --out, default the classifier's folder",
-        "finetune")
+    finetune_steps: int | None = _tune(None, "optimiser steps (paper: 10000 for images, 10 epochs "
+        "for text); more fits the labels closer")
+    finetune_batch_size: int | None = _tune(None, "examples a step (paper: 32)")
+    finetune_lr: float | None = _tune(None, "learning rate; lower it when the loss jumps")
+    probe: bool = _tune(False, "also score frozen features: by a linear head, and by their "
+        "nearest neighbours", programs="distill finetune")
+    predict: str | None = _tune(None, "do not train: write the classes and probabilities that the "
+        "classifier of --init (a run's finetuned-….safetensors) gives a folder of pictures, or "
+        "the texts of a .txt or .jsonl file, as a .csv into --out, default the classifier's folder",
+        programs="finetune")
 
-    method: str = _flag(
-        "baselines", "all", "one of the paper's baselines, or all side by side", "baselines",
-        ("all", "fine-tuning", "recadam", "mars", "r3f"))
-    recadam_cof: float | None = _flag(
-        "baselines", None, "RecAdam's pull γ towards the pre-trained weights (small models: 0.5 / "
-        "lr); more pulls harder, and lr times it must stay below 2", "baselines")
-    recadam_t0: int | None = _flag(
-        "baselines", None, "step at which RecAdam weighs task and pull alike; later holds longer",
-        "baselines")
-    recadam_k: float = _flag(
-        "baselines", 0.5, "how sharply RecAdam turns from pull to task around t0; less turns more "
-        "gently", "baselines")
-    mars_radius: float | None = _flag(
-        "baselines", None, "MARS: how far, in L1, a row of weights may leave its start; smaller "
-        "binds more", "baselines")
-    r3f_eps: float | None = _flag(
-        "baselines", None, "R3F: standard deviation of the Gaussian noise on the input; more asks "
-        "for a smoother classifier", "baselines")
-    r3f_weight: float = _flag(
-        "baselines", 1.0, "R3F: weight of the symmetric KL term; more smooths more", "baselines")
+    method: str = _base("all", "one of the paper's baselines, or all side by side",
+        choices=("all", "fine-tuning", "recadam", "mars", "r3f"))
+    recadam_cof: float | None = _base(None, "RecAdam's pull γ towards the pre-trained weights "
+        "(small models: 0.5 / lr); more pulls harder, and lr times it must stay below 2")
+    recadam_t0: int | None = _base(None, "step at which RecAdam weighs task and pull alike; later "
+        "holds longer")
+    recadam_k: float = _base(0.5, "how sharply RecAdam turns from pull to task around t0; less "
+        "turns more gently")
+    mars_radius: float | None = _base(None, "MARS: how far, in L1, a row of weights may leave its "
+        "start; smaller binds more")
+    r3f_eps: float | None = _base(None, "R3F: standard deviation of the Gaussian noise on the "
+        "input; more asks for a smoother classifier")
+    r3f_weight: float = _base(1.0, "R3F: weight of the symmetric KL term; more smooths more")
 
-    out: str | None = _flag(
-        "where and how", None, "run folder; default runs/<program>-<dataset>-<init>-…-seed<seed>",
-        f"mae {TUNES}")
-    export: str | None = _flag(
-        "where and how", None, "also write what was made into this folder, as Hugging Face's "
+    out: str | None = _how(None, "run folder; default runs/<program>-<dataset>-<init>-…-seed<seed>",
+        programs="mae distill finetune baselines")
+    export: str | None = _how(None, "also write what was made into this folder, as Hugging Face's "
         "transformers reads it: the classifier or, of distill.py, the last student and, in "
-        "classifier/, its classifier", "distill finetune")
-    seed: int = _flag(
-        "where and how", 0, "seed of every draw: order, masks, initialisation, augmentation, "
-        "dropout, noise")
-    device: str = _flag(
-        "where and how", "auto", "where to compute; auto takes the GPU if there is one", TUNES,
-        ("auto", "cpu", "cuda", "mps"))
-    precision: str = _flag(
-        "where and how", "auto", "of products: fp32 is the paper's; auto is bf16 where a GPU has "
-        "it. Use fp32 when a loss turns NaN", TUNES, ("auto", "fp32", "tf32", "bf16"))
-    compile: bool = _flag(
-        "where and how", False, "compile the model's layers: slower to start, faster per step on "
-        "a GPU", TUNES)
-    accumulate: int = _flag(
-        "where and how", 1, "work on a mini-batch in so many parts and add up their gradients: "
-        "less memory, the same result but for rounding and dropout", TUNES)
-    save_every: str = _flag(
-        "where and how", "1m", "save a checkpoint every so many steps (500) or minutes (5m)",
-        TUNES)
-    smoke: bool = _flag(
-        "where and how", False, "a few steps on a few examples: shows that everything works, "
-        "learns nothing")
+        "classifier/, its classifier", programs="distill finetune")
+    seed: int = _how(0, "seed of every draw: order, masks, initialisation, augmentation, dropout, "
+        "noise", programs="")
+    device: str = _how("auto", "where to compute; auto takes the GPU if there is one",
+        choices=("auto", "cpu", "cuda", "mps"))
+    precision: str = _how("auto", "of products: fp32 is the paper's; auto is bf16 where a GPU has "
+        "it. Use fp32 when a loss turns NaN", choices=("auto", "fp32", "tf32", "bf16"))
+    compile: bool = _how(False, "compile the model's layers: slower to start, faster per step on "
+        "a GPU")
+    accumulate: int = _how(1, "work on a mini-batch in so many parts and add up their gradients: "
+        "less memory, the same result but for rounding and dropout")
+    save_every: str = _how("1m", "save a checkpoint every so many steps (500) or minutes (5m)")
+    smoke: bool = _how(False, "a few steps on a few examples: shows that everything works, learns "
+        "nothing", programs="")
 
     # no flags: in `DEFAULTS` only
     betas: tuple[float, float] | None = None
@@ -194,9 +169,8 @@ class Config:
     @property
     def modality(self) -> str:
         """"image" or "text", as the data set's name or files tell."""
-        path = Path(self.dataset).expanduser()
-        jsonl = path.suffix == ".jsonl" or path.is_dir() and any(path.glob("*.jsonl"))
-        return "text" if self.dataset in TEXTS or jsonl else "image"
+        text = self.dataset in TEXTS or texts.holds(Path(self.dataset).expanduser())
+        return "text" if text else "image"
 
 
 # ----------------------------------------------------------------------------- what they mean here
@@ -246,11 +220,12 @@ def recipe(model: nn.Module) -> str:
     return "small" if size < SMALL else "paper"
 
 
-def final(config: Config, model: nn.Module, examples: int) -> Config:
+def final(config: Config, model: nn.Module, examples: int, unlabelled: int = 0) -> Config:
     """The settings with every None replaced by `DEFAULTS` for this model and number of examples.
 
-    Text's epochs become epochs × ⌈N/B⌉ steps. What is set stays, so doing it twice changes nothing.
-    BadInput for a variant that the modality does not have, and for batches that cannot be.
+    unlabelled: how many more D_u has. Text's epochs become epochs × ⌈N/B⌉ steps. What is set stays,
+    so doing it twice changes nothing. BadInput for a variant that the modality does not have, and
+    for batches that cannot be.
     """
     if config.as_released and model.modality == "text":
         raise BadInput("as_released is for images: the authors released no text code")
@@ -259,32 +234,28 @@ def final(config: Config, model: nn.Module, examples: int) -> Config:
         raise BadInput(f"masking {config.masking} is not for {model.modality}s: use bernoulli or "
                        f"{ {'image': 'fixed', 'text': '80-10-10'}[model.modality] }")
     found = dict(DEFAULTS[model.modality, recipe(model)]) | (SMOKE if config.smoke else {})
-    for stage in ("", "finetune_"):
-        size = min(found[f"{stage}batch_size"], examples)
-        epochs = found.pop(f"{stage}epochs", None)
-        found[f"{stage}batch_size"] = size
-        if epochs:
+    for stage, N in (("", examples + unlabelled), ("finetune_", examples)):
+        size = found[f"{stage}batch_size"] = min(found[f"{stage}batch_size"], N)
+        if epochs := found.pop(f"{stage}epochs", None):
             size = getattr(config, f"{stage}batch_size") or size
-            found.setdefault(f"{stage}steps", epochs * math.ceil(examples / size))
-    config = replace(config, **{name: value for name, value in found.items()
-                                if getattr(config, name) is None})
+            found.setdefault(f"{stage}steps", epochs * math.ceil(N / size))
+    found |= {name: value for name, value in vars(config).items() if value is not None}
     # a small model's learning rate is too high for RecAdam's own γ: lr·γ = 0.5, t0 early in a run
-    if config.recadam_cof is None:
-        config = replace(config, recadam_cof=0.5 / config.finetune_lr)
-    if config.recadam_t0 is None:
-        config = replace(config, recadam_t0=max(1, config.finetune_steps // 40))
-    _check_batches(config, examples)
+    found.setdefault("recadam_cof", 0.5 / found["finetune_lr"])
+    found.setdefault("recadam_t0", max(1, found["finetune_steps"] // 40))
+    config = replace(config, **found)
+    _check_batches(config, examples, unlabelled)
     return config
 
 
-def _check_batches(config: Config, examples: int) -> None:
+def _check_batches(config: Config, examples: int, unlabelled: int) -> None:
     """BadInput where a batch is larger than the data or smaller than its parts."""
     parts = config.accumulate * parallel.world()
-    for name in ("batch_size", "finetune_batch_size"):
+    for name, N in (("batch_size", examples + unlabelled), ("finetune_batch_size", examples)):
         size = getattr(config, name)
-        if size > examples and size != SMOKE[name]:
-            raise BadInput(f"{name} is {size}, but there are {examples} training examples: use at "
-                           "most as many")
+        if size > N and size != SMOKE[name]:
+            raise BadInput(f"{name} is {size}, but there are {N} training examples: use at most as "
+                           "many")
         if size < parts:
             raise BadInput(f"{name} is {size}, which cannot be shared out among {parallel.world()} "
                            f"processes with accumulate {config.accumulate}: use fewer or a larger "

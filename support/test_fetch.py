@@ -48,7 +48,7 @@ def server(monkeypatch):
 
 def get(server, path, *routes, kind="sha256", size=None):
     urls, checksum = [server.url + route for route in routes], hashlib.new(kind, CONTENT)
-    fetch.download(fetch.File("", urls, checksum.hexdigest(), size), path)
+    fetch.download({"urls": urls, "checksum": checksum.hexdigest(), "size": size}, path)
     assert path.read_bytes() == CONTENT
 
 
@@ -131,11 +131,10 @@ def test_archives_stay_inside(tmp_path, name, kind, aim):
 
 def moved(monkeypatch, url, name, content=b"x"):
     """The files of a data set at another address, as if each had this content."""
-    folder, source, files = fetch.DATASETS[name]
-    checksum = hashlib.sha256(content).hexdigest()
-    files = [file._replace(urls=[f"{url}/{file.name}"], size=None, checksum=checksum)
-             for file in files]
-    monkeypatch.setitem(fetch.DATASETS, name, (folder, source, files))
+    about, checksum = fetch.datasets()[name], hashlib.sha256(content).hexdigest()
+    files = [file | {"urls": [f"{url}/{file['name']}"], "size": None, "checksum": checksum}
+             for file in about["files"]]
+    monkeypatch.setitem(fetch.datasets(), name, about | {"files": files})
     return files
 
 
@@ -165,11 +164,11 @@ def test_dataset_is_put_together_once_and_whole(server, tmp_path, monkeypatch):
     assert len(server.asked) == 2  # nothing the last time
 
 
-@pytest.mark.parametrize("name", fetch.DATASETS)
+@pytest.mark.parametrize("name", fetch.datasets())
 def test_dataset_offline_says_what_to_put_where(tmp_path, monkeypatch, name):
     files = moved(monkeypatch, "http://127.0.0.1:9", name)  # where nothing listens
     with pytest.raises(BadInput, match="python distill.py") as error:
         fetch.dataset(name, tmp_path)
     assert "\n" not in str(error.value) and f"into {tmp_path}" in str(error.value)
-    assert all(f"{file.name} from {file.urls[0]}" in str(error.value) for file in files)
+    assert all(f"{file['name']} from {file['urls'][0]}" in str(error.value) for file in files)
     assert inside(tmp_path) == []

@@ -21,7 +21,7 @@ import mae
 import mlm
 from support import draws, loop, packing, recall, settings
 from support.run import Run
-from support.testing import close, config_of, examples, normal, tiny
+from support.test_helpers import close, config_of, examples, normal, tiny
 
 
 @pytest.mark.parametrize("prob", [0.0, 0.5, 1.0])

@@ -23,7 +23,7 @@ from support import fetch, loop, program, recipes, run, settings
 from support.fetch import BadInput
 from support.run import Run
 from support.settings import Config
-from support.testing import both, content, labelled, log_of, rows_of, run_here, same, tiny
+from support.test_helpers import both, content, labelled, log_of, rows_of, run_here, same, tiny
 
 PROGRAM = str(fetch.ROOT / "distill.py")
 
@@ -217,7 +217,7 @@ def test_after_the_code_is_edited_nothing_old_is_shown_or_used(
     """Finished or half done; comments change nothing, and what computes nothing is not read."""
     copy, out = tmp_path / "project", tmp_path / "out"
     shutil.copytree(finished, out)
-    for file in (*(f"{name}.py" for name in run.COMPUTES), "requirements.txt",
+    for file in (*(f"{name}.py" for name in run.COMPUTES), "support/fetch.py", "requirements.txt",
                  "weights/tiny-mae.safetensors"):
         (copy / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(fetch.ROOT / file, copy / file)

@@ -18,7 +18,7 @@ import mae
 import mlm
 from support import weights
 from support.fetch import ROOT, BadInput
-from support.testing import GOLDEN, content, run_here, same
+from support.test_helpers import GOLDEN, content, run_here, same
 
 TENSORS = {"a": torch.arange(6.).view(2, 3), "b": torch.ones(2)}
 LINEAGE = {"dataset": "cub", "init": "facebook/vit-mae-base", "teacher": "None", "rounds": "1",

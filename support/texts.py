@@ -3,12 +3,14 @@
 Letters: N texts, B a batch of them, K the longest one's tokens.
 """
 import ast
+import csv
 import hashlib
 import itertools
 import json
 import math
 import re
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -16,14 +18,15 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from support import fetch
-from support.fetch import BadInput
+from support.fetch import BadInput, Lists
+from support.images import SUFFIXES as PICTURES
 
+SUFFIXES = (".jsonl", ".csv", ".tsv", ".txt")
 Rows = list[tuple[str, str | None]]  # (text, label); the label is None where a file has none
-Lists = tuple[list[str], Rows, Rows, list[str]]  # classes, training and test texts, what to tell
 
 
 class Texts:
-    """Token ids of many texts, end to end: text i is ids[offsets[i]:offsets[i + 1]]."""
+    """Token ids of many texts, end to end: text i is ids[offsets[i]:offsets[i + 1]]. On the CPU."""
 
     def __init__(self, ids: Tensor, offsets: Tensor, pad_id: int):
         self.ids, self.offsets, self.pad_id = ids, offsets, pad_id
@@ -36,7 +39,6 @@ class Texts:
 
         K is the given width or the longest text's.
         """
-        index = index.cpu()  # offsets stay on the CPU, where finding the longest stops no device
         start = self.offsets[index]  # [B]
         length = self.offsets[index + 1] - start  # [B]
         column = torch.arange(width or int(length.max()))  # [K]
@@ -45,20 +47,15 @@ class Texts:
 
     def __getitem__(self, index: Tensor) -> Tensor:
         """Ids [B, K] of the texts at index [B], padded to the longest of them."""
-        place, padding = (x.to(self.ids.device) for x in self.places(index))  # 2 of [B, K]
+        place, padding = self.places(index)  # 2 of [B, K]
         return self.ids[place].long().masked_fill_(padding, self.pad_id)
 
     def take(self, index: Tensor) -> "Texts":
         """The texts at index [n] alone, in that order."""
-        length = self.offsets.diff()  # [N]
-        each = self.ids.split(length.tolist())
-        ids = torch.cat([self.ids[:0], *(each[i] for i in index.tolist())])  # [total]
-        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), length[index].cumsum(0)])  # [n + 1]
-        return Texts(ids, offsets, self.pad_id)
-
-    def to(self, device: str | torch.device) -> "Texts":
-        """The same texts with their ids on another device."""
-        return Texts(self.ids.to(device), self.offsets, self.pad_id)
+        each = self.ids.split(self.offsets.diff().tolist())
+        chosen = [each[i] for i in index.tolist()]
+        offsets = torch.tensor([0] + [len(ids) for ids in chosen]).cumsum(0)  # [n + 1]
+        return Texts(torch.cat([self.ids[:0], *chosen]), offsets, self.pad_id)
 
 
 def tokenise(texts: list[str], tokenizer: Tokenizer, max_length: int) -> tuple[Tensor, Tensor, int]:
@@ -79,13 +76,10 @@ def tokenise(texts: list[str], tokenizer: Tokenizer, max_length: int) -> tuple[T
     return torch.tensor(ids, dtype=torch.int32), offsets, sum(len(text) > room for text in found)
 
 
-def plain(path: str | Path, tokenizer: Tokenizer, max_length: int) -> tuple[list[str], Texts]:
-    """The texts of a .jsonl file, or of any other with one a line; labels are not read."""
-    path = Path(path)
-    found = [text for text, _ in jsonl_rows(path)] if path.suffix == ".jsonl" else [
-        line for line in lines(path) if line.strip()]
-    if not found:
-        raise BadInput(f"{path} holds no texts")
+def plain(path: str | Path, tokenizer: Tokenizer, max_length: int,
+          text_key: str = "text") -> tuple[list[str], Texts]:
+    """The texts of a file as `rows` reads it; its labels are left aside."""
+    found = [text for text, _ in rows(Path(path), text_key)]
     ids, offsets, cut = tokenise(found, tokenizer, max_length)
     if cut:
         fetch.warn(f"longer than {max_length} tokens and cut: {cut} of {len(found)} texts")
@@ -95,52 +89,14 @@ def plain(path: str | Path, tokenizer: Tokenizer, max_length: int) -> tuple[list
 # ----------------------------------------------------------------------------- files to texts
 
 
-def files(name: str, root: Path) -> list[Path]:
-    """The files of a data set in its folder, or one's own: a .jsonl file or a folder of them."""
-    if name == "pydocs":
-        return pydocs_files()
-    if name == "twitter_emotion":
-        return [root / f"{split}_{kind}.txt" for split in ("train", "val", "test")
-                for kind in ("text", "labels")] + [root / "mapping.txt"]
-    if name in fetch.DATASETS:
-        return [root / f"{split}.jsonl" for split in ("train", "dev", "test")]
-    found = [root] if root.is_file() else sorted(root.glob("*.jsonl"))
-    if len(found) != 1 and not any(file.stem == "train" for file in found):
-        raise BadInput(f"no texts at {root}: give a .jsonl file or a folder with train.jsonl and, "
-                       "if you have it, test.jsonl")
-    return found
-
-
-def read(name: str, files: list[Path], tokenizer: Tokenizer,
-         max_length: int) -> tuple[dict[str, Tensor], dict]:
-    """Token ids, offsets and labels of each split; classes, what to tell.
-
-    BadInput for files that cannot be used.
-    """
-    reader = {"pydocs": _pydocs, "twitter_emotion": _tweets}.get(name, _jsonl)
-    classes, train, test, told = reader(files)
-    tensors = {}
-    for split, rows in (("train", train), ("test", test)):
-        if not rows:
-            continue
-        words = [text for text, _ in rows]
-        tensors[split], tensors[f"{split}_offsets"], cut = tokenise(words, tokenizer, max_length)
-        if classes:
-            tensors[f"{split}_labels"] = torch.tensor([classes.index(name) for _, name in rows])
-        if cut:
-            told.append(f"longer than {max_length} tokens and cut: {cut} of {len(rows)} {split} "
-                        "texts")
-    return tensors, {"classes": classes, "told": told}
-
-
-def digest(*parts: str | bytes) -> str:
-    """One hex digest of several strings; lengths keep ("ab", "c") and ("a", "bc") apart."""
-    total = hashlib.sha256()
-    for part in parts:
-        # a file name may be any bytes, which Python has as half surrogate pairs
-        part = part.encode(errors="surrogatepass") if isinstance(part, str) else part
-        total.update(len(part).to_bytes(8, "little") + part)
-    return total.hexdigest()
+def holds(path: Path) -> bool:
+    """Whether a path is of texts: such a file, or a folder of them without pictures or folders."""
+    if not path.is_dir():
+        return path.suffix.lower() in SUFFIXES
+    found = [file for file in path.iterdir() if fetch.shown(file.name)]
+    kinds = {file.suffix.lower() for file in found}
+    return not kinds.isdisjoint(SUFFIXES) and kinds.isdisjoint(PICTURES) and not any(
+        map(Path.is_dir, found))
 
 
 def lines(path: Path) -> list[str]:
@@ -152,75 +108,89 @@ def lines(path: Path) -> list[str]:
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
 
 
-def jsonl_rows(path: Path) -> Rows:
-    """(text, label) of every line `{"text": …, "label": …}`; all lines have a label or none has."""
-    rows = []
-    for number, line in enumerate(lines(path), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
+def records(path: Path, text_key: str) -> Iterator[tuple[str, dict]]:
+    """Where each line is and what it holds: JSON, a .csv's or .tsv's row, or simply a text."""
+    kind, content = path.suffix.lower(), lines(path)
+    if kind in (".csv", ".tsv"):
+        table = csv.DictReader([line + "\n" for line in content], strict=True,
+                               delimiter="," if kind == ".csv" else "\t")
         try:
-            row = json.loads(line)
+            for row in table:
+                if None in row or None in row.values():
+                    raise csv.Error("it has not as many fields as the first line")
+                yield f"{path}, line {table.line_num}", row
+        except csv.Error as error:
+            raise BadInput(f"{path}, line {table.line_num}: not {kind} ({error})") from error
+        return
+    for number, line in enumerate(content, 1):
+        where, json_line = f"{path}, line {number}", kind == ".jsonl" and line.strip()
+        if json_line and json_line[0] == "[":
+            raise BadInput(f"{where}: a JSON array: write one object a line")
+        try:
+            row = json.loads(line) if json_line else {text_key: line}
         except (ValueError, RecursionError) as error:
             raise BadInput(f"{where}: not JSON ({error})") from error
-        text, label = (row.get("text"), row.get("label")) if isinstance(row, dict) else (None, None)
+        if line.strip():
+            yield where, row if isinstance(row, dict) else {}
+
+
+def rows(path: Path, text_key: str, label_key: str = "label") -> Rows:
+    """The (text, label)s of a file; all have a label or none has. BadInput where that is not so."""
+    found = []
+    for where, record in records(path, text_key):
+        text, label = record.get(text_key), record.get(label_key)
         if not isinstance(text, str) or not text.strip():
-            raise BadInput(f'{where}: no "text" with words in it')
+            raise BadInput(f'{where}: no "{text_key}" with words in it (--text-key); it has '
+                           f"{', '.join(record) or 'nothing'}")
+        label = str(label) if isinstance(label, int) else label or None
         if not isinstance(label, str | None):
-            raise BadInput(f'{where}: "label" is {label!r}, but must be a string')
+            raise BadInput(f'{where}: "{label_key}" is {label!r}, but must be a word, a whole '
+                           "number, true or false")
         # half a surrogate pair ("\ud83d" alone, from cut emoji) is legal JSON but no text
-        rows.append((text.encode(errors="replace").decode(), label))
-        if (label is None) != (rows[0][1] is None):
+        found.append((text.encode(errors="replace").decode(), label))
+        if (label is None) != (found[0][1] is None):
             raise BadInput(f"{where}: some lines have a label and some have none")
-    if not rows:
+    if not found:
         raise BadInput(f"{path} holds no texts")
-    return rows
+    return found
 
 
-def _jsonl(files: list[Path]) -> Lists:
-    """train.jsonl and test.jsonl, or one file that is divided 80 : 20 where it has labels."""
-    named = {file.stem: file for file in files}
-    source = named.get("train", files[0])
-    train, test, told = jsonl_rows(source), [], []
-    if "test" in named and source != named["test"]:
-        test = jsonl_rows(named["test"])
-    elif train[0][1] is not None:
-        train, test = divide(train, 0.8)
-        told = ["no test.jsonl: a fifth of each label, by a hash of the text, is held out"]
-        if not test:
-            raise BadInput(f"{source} has too few texts of each label to hold a fifth out: add "
-                           "more, or a test.jsonl beside a train.jsonl")
-    classes = sorted({label for _, label in train if label is not None})
-    for _, label in test:
-        if label not in (classes or [None]):
-            raise BadInput(f"{named['test']} has the label {label!r}, which no training text has: "
-                           f"they have {', '.join(classes) or 'none'}")
-    if "dev" in named:
-        told.append(f"not used: {len(jsonl_rows(named['dev']))} development texts")
-    return classes, train, test, told
+def parts(root: Path) -> tuple[dict[str, Path], list[str]]:
+    """The files of train, test and unlabelled, or the only one as train; and what is not used."""
+    files = [path for path in fetch.files(root) if path.suffix.lower() in SUFFIXES]
+    found = {} if root.is_file() else fetch.splits(files)
+    if not found and len(files) > 1:
+        raise BadInput(f"{root} holds {', '.join(path.name for path in files)}: call one train")
+    found = found or {"train": files[0]}
+    return found, [path.name for path in files if path not in found.values()]
 
 
-def _tweets(files: list[Path]) -> Lists:
+def _tweets(root: Path) -> Lists:
     """TweetEval's emotion set: texts and class numbers line by line, the names in mapping.txt."""
-    found = {file.stem: lines(file) for file in files}
-    names = dict(line.split("\t", 1) for line in found["mapping"])
+    names = dict(line.split("\t", 1) for line in lines(root / "mapping.txt"))
 
     def split(name: str) -> Rows:
-        pairs = zip(found[f"{name}_text"], found[f"{name}_labels"], strict=True)
-        return [(text, names[label]) for text, label in pairs]
+        texts, labels = (lines(root / f"{name}_{kind}.txt") for kind in ("text", "labels"))
+        return [(text, names[label]) for text, label in zip(texts, labels, strict=True)]
 
-    told = [f"not used: {len(split('val'))} development texts"]
-    return list(names.values()), split("train"), split("test"), told
+    return Lists(list(names.values()), split("train"), split("test"))
 
 
-def divide(rows: Rows, share: float) -> tuple[Rows, Rows]:
-    """Two parts by a hash of the text: equal texts together, every class in the first."""
+def held_out(rows: Rows, share: float = 0.8) -> dict[str, list[int]]:
+    """Indices of train, with a share of each class, and test, by a hash; equal texts together."""
+    def place(text: str) -> bytes:
+        content = text.encode()
+        return hashlib.sha256(len(content).to_bytes(8, "little") + content).digest()
+
     label_of = dict(reversed(rows))  # of equal texts the first one's label
     train = set()
     for wanted in sorted(set(label_of.values())):
-        of_class = sorted((text for text, label in label_of.items() if label == wanted), key=digest)
+        of_class = sorted((text for text, label in label_of.items() if label == wanted), key=place)
         train |= set(of_class[:math.ceil(share * len(of_class))])
-    return [row for row in rows if row[0] in train], [row for row in rows if row[0] not in train]
+    found = {"train": [], "test": []}
+    for i, (text, _) in enumerate(rows):
+        found["train" if text in train else "test"].append(i)
+    return found
 
 
 # ----------------------------------------------------------------------------- pydocs
@@ -248,12 +218,12 @@ def pydocs_files() -> list[Path]:
     return found
 
 
-def _pydocs(files: list[Path]) -> Lists:
+def _pydocs(_: Path) -> Lists:
     """Docstrings labelled by the package that they come from, without that package's own name."""
     label_of = {module: label for label, modules in PYDOCS.items() for module in modules}
     documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     rows = {}
-    for file in files:
+    for file in pydocs_files():
         label = label_of[file.relative_to(stdlib()).parts[0].removesuffix(".py")]
         names = "|".join(sorted({name.strip("_") for name in (label, *PYDOCS[label])}))
         own_name = re.compile(rf"(?<![A-Za-z0-9])(?:{names})(?![A-Za-z0-9])", re.IGNORECASE)
@@ -264,4 +234,9 @@ def _pydocs(files: list[Path]) -> Lists:
                 rows.setdefault(" ".join(words), label)
     if not rows:
         raise BadInput(f"this Python has no sources in {stdlib()}: choose another --dataset")
-    return sorted(PYDOCS), *divide(list(rows.items()), 0.7), []
+    rows = list(rows.items())
+    train, test = ([rows[i] for i in index] for index in held_out(rows, 0.7).values())
+    return Lists(sorted(PYDOCS), train, test)
+
+
+READERS = {"twitter_emotion": _tweets, "pydocs": _pydocs}  # the others are as one's own are

@@ -4,11 +4,14 @@ Siblings share all but two or three of their parts, while pose, size, light, bac
 vary more than the parts do. Letters: N pictures, S side in pixels.
 """
 import colorsys
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+
+from support.fetch import Lists
 
 PALETTE = {"red": (204, 46, 46), "orange": (230, 132, 36), "yellow": (235, 212, 60),
            "green": (62, 150, 62), "teal": (54, 178, 178), "blue": (52, 82, 196),
@@ -16,6 +19,9 @@ PALETTE = {"red": (204, 46, 46), "orange": (230, 132, 36), "yellow": (235, 212, 
            "black": (40, 40, 44)}
 COLOURS = list(PALETTE)
 TAILS = ("square", "forked", "pointed")
+EACH = {"train": 40, "test": 50}  # pictures of a species
+FAMILIES = ("coalwing", "bluecap", "longbill", "plumfinch", "spearbeak")
+SIBLINGS = ("common", "northern", "island", "mountain")
 CANVAS = 3  # drawn at three times the size and averaged down: soft edges
 
 
@@ -147,12 +153,11 @@ def toybirds(split: str, each: int, side: int = 40) -> tuple[torch.Tensor, torch
     return pixels, torch.tensor(labels)
 
 
-def read(side: int) -> tuple[dict[str, torch.Tensor], dict]:
-    """The data set's pictures and labels of each split; classes, what to tell."""
-    tensors = {}
-    for split, each in (("train", 40), ("test", 50)):
-        tensors[split], tensors[f"{split}_labels"] = toybirds(split, each, side)
-    return tensors, {"classes": [str(kind + 1) for kind in range(20)], "told": []}
+def lists(_: Path) -> Lists:
+    """The data set; a picture's source is its number among those of its split."""
+    names = [f"{which} {family}" for family in FAMILIES for which in SIBLINGS]  # as species are
+    train, test = ([(i, names[i // each]) for i in range(20 * each)] for each in EACH.values())
+    return Lists(names, train, test)
 
 
 def unlabelled_birds(count: int, rng: np.random.Generator, side: int = 40) -> torch.Tensor:

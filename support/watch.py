@@ -58,11 +58,11 @@ def watch(student: nn.Module, teacher: nn.Module | None, heldout: object, config
     heldout = as_inputs(heldout, student.config, getattr(student, "tokenizer", None))
     sample = Sample(heldout, student, config, mask_input)
     told = sample.states(teacher) if teacher else None
-    whole = (sample.states(student) - told).square().sum().item() if teacher else None
+    whole = (sample.states(student) - told).square().sum().item() if teacher else 0
 
     def measured() -> dict[str, float]:
         values = {"heldout_mae_loss": sample.mae_loss(student)}
-        if teacher:
+        if whole:  # but where the student starts as its own teacher
             left = (sample.states(student) - told).square().sum().item()
             values["heldout_distance"] = left / whole
         return values
