@@ -3,7 +3,6 @@ import functools
 import importlib
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +23,7 @@ both = pytest.mark.parametrize("modality", ["image", "text"])
 
 
 @pytest.fixture(scope="session", autouse=True)
-def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def surroundings(tmp_path_factory):
     """One place for data, one thread (more are slower for small models), the code hashed once."""
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -35,7 +34,7 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tmp_path_factory):
     """The folder of a run that has finished."""
     folder = tmp_path_factory.mktemp("finished")
     run_here(f"distill.py --smoke --out {folder}")

@@ -23,8 +23,6 @@ from support import draws, loop, packing, recall, settings
 from support.run import Run
 from support.test_helpers import close, config_of, examples, normal, tiny
 
-# ----------------------------------------------------------------------------- what a plan says
-
 
 @pytest.mark.parametrize("prob", [0.0, 0.5, 1.0])
 def test_a_plan_puts_every_token_where_it_was(prob):
@@ -46,14 +44,6 @@ def test_a_plan_puts_every_token_where_it_was(prob):
     both = twice.take(torch.cat([x, -x]))
     assert torch.equal(both, torch.cat([packed, -packed]))
     assert torch.equal(twice.tokens(twice.rows(both)), both)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the copy itself needs a GPU")
-def test_bringing_keeps_every_tensor():
-    """Those of different types come over as one block of bytes, and apart again."""
-    flat = [torch.arange(3), torch.tensor([True, False, True]), torch.randn(2, 2), torch.ones(0)]
-    for ours, theirs in zip(packing.bring(torch.device("cuda", 0), *flat), flat):
-        assert ours.is_cuda and torch.equal(ours.cpu(), theirs)
 
 
 # ----------------------------------------------------------------------------- nothing waits
