@@ -5,14 +5,14 @@
     python -m experiments.paper figure4 --datasets flower --seeds 3
 
 Names: table1 table2 table3 table6 figure1 figure3 figure4 figure5a figure5b figure5c time datasets,
-and toybirds and pydocs, which are not the paper's. Every run is an ordinary command, which can be
-given by hand. What has finished is not done again, so a sweep that was stopped carries on. Where
-only the student differs, its command is given the teacher that an earlier one has made. A page in
-results/ is replaced only by one that has all of its numbers; another goes beside the runs.
+and toybirds and pydocs, which are not the paper's. Every run is an ordinary command. What has
+finished is not done again, so a sweep that was stopped carries on. Where only the student differs,
+its command is given the teacher that an earlier one has made. A page in results/ is replaced only
+by one that has all of its numbers; another goes beside the runs.
 
-laptop: the bundled tiny weights, few steps, whatever data are on disk; the settings were chosen by
-tune.py on a held-out tenth of the training sets. paper: the paper's weights, steps and data, which
-the programs download, and in Tables 1 and 2 both readings of line 11.
+laptop: the bundled tiny weights, few steps, whatever data are on disk, and the settings that
+tune.py chose on a held-out tenth of training sets. paper: the paper's weights, steps and data,
+which the programs download, and in Tables 1 and 2 both readings of line 11.
 """
 import argparse
 import math
@@ -50,8 +50,7 @@ class At(NamedTuple):
         return {"init": "tiny"} | run.read_json(path)["chosen"] if self.scale == "laptop" else {}
 
 
-def command(file: str, at: At, teacher: str = "", note: str = "",
-            **changes: object) -> Words:
+def command(file: str, at: At, teacher: str = "", note: str = "", **changes: object) -> Words:
     """One run of a program's file, in a folder named by what is not usual: changes and note."""
     usual = at.settings
     idle = {name for name in usual if name in OWN.values() or (
@@ -120,8 +119,7 @@ def ablations(at: At) -> list[Cell]:
     usual = command("distill.py", at)
     twice = command("distill.py", at, rounds=0, steps=2 * usual_steps(at))
     alone = {"without L_Distill": usual, "further pre-training × 2": twice}
-    rows = {"full model": usual, "without L_MAE": student(at, mae_weight=0),
-            **alone}
+    rows = {"full model": usual, "without L_MAE": student(at, mae_weight=0), **alone}
     for row, match in (("prediction-matching", "prediction"), ("weight-matching, L2", "l2"),
                        ("weight-matching, MARS", "mars")):
         rows[row] = student(at, match=match)

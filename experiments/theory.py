@@ -157,8 +157,8 @@ def check_lemma1(generator: Generator, number: int) -> dict:
     """Lemma 1's w_{t,0} solves the t ridge regressions, whatever the rank of Φ, and tends to 0"""
     problem = draw(generator, KINDS[number % 3])
     assert norm(lemma1(problem, 20_000)) < ROUNDING, "the rounds tend to w = 0"
-    ways = [(lemma1(problem, t), ridge_rounds(problem, t)) for t in ROUNDS]
-    return equal("Lemma 1 is the ridge solution", *ways)
+    return equal("Lemma 1 is the ridge solution", *(
+        (lemma1(problem, t), ridge_rounds(problem, t)) for t in ROUNDS))
 
 
 def check_flow(generator: Generator, number: int) -> dict:
