@@ -35,6 +35,8 @@ from support.fetch import ROOT, BadInput
 from support.run import Run
 from support.test_helpers import batch, both, close, config_of, examples, normal, same, tiny
 
+pytest_plugins = ["support.test_helpers"]  # its fixtures
+
 
 def linear(encoder: nn.Module) -> list[str]:
     """The names of what MARS measures and projects."""

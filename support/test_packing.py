@@ -23,6 +23,8 @@ from support import draws, loop, packing, recall, settings
 from support.run import Run
 from support.test_helpers import close, config_of, examples, normal, tiny
 
+pytest_plugins = ["support.test_helpers"]  # its fixtures
+
 
 @pytest.mark.parametrize("prob", [0.0, 0.5, 1.0])
 def test_a_plan_puts_every_token_where_it_was(prob):

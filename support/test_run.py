@@ -25,6 +25,8 @@ from support.run import Run
 from support.settings import Config
 from support.test_helpers import both, content, labelled, log_of, rows_of, run_here, same, tiny
 
+pytest_plugins = ["support.test_helpers"]  # its fixtures
+
 PROGRAM = str(fetch.ROOT / "distill.py")
 
 

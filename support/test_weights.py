@@ -20,6 +20,8 @@ from support import weights
 from support.fetch import ROOT, BadInput
 from support.test_helpers import GOLDEN, content, run_here, same
 
+pytest_plugins = ["support.test_helpers"]  # its fixtures
+
 TENSORS = {"a": torch.arange(6.).view(2, 3), "b": torch.ones(2)}
 LINEAGE = {"dataset": "cub", "init": "facebook/vit-mae-base", "teacher": "None", "rounds": "1",
            "seed": "3", "match": "cls", "pixels": "norm", "stage": "distilled-1", "run": "0f0f"}

@@ -1,2 +1,0 @@
-"""What all tests are given."""
-from support.test_helpers import finished, surroundings  # noqa: F401
